@@ -1,0 +1,60 @@
+"""Errors that say whose fault it is and what to do about it.
+
+Every error a user can cause is a `WmtpError`: one clear message and a remedy. The command line prints both and leaves
+with `exit_code`; a traceback is shown only for errors that are not of this family, because those are bugs.
+"""
+
+from __future__ import annotations
+
+
+class WmtpError(Exception):
+    """Base of all expected failures.
+
+    Args:
+        message: what happened, with the value that caused it.
+        remedy: what the user can do about it, one sentence.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, remedy: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return self.message if self.remedy is None else f"{self.message}\n  remedy: {self.remedy}"
+
+
+class UserInputError(WmtpError, ValueError):
+    """A setting, argument or file that cannot be used. Also a `ValueError`, for those who call the library."""
+
+    exit_code = 2
+
+
+class DataError(UserInputError):
+    """A dataset that is missing, empty or has a row that cannot be read; the message names file and line."""
+
+
+class ModelLoadError(UserInputError):
+    """A model or checkpoint that cannot be loaded; the message names the file and, where known, the tensor."""
+
+
+class CheckpointError(UserInputError):
+    """A training checkpoint that is missing, incomplete or does not fit the run."""
+
+
+class SandboxUnavailableError(UserInputError):
+    """No sandbox works on this machine, so untrusted programs are not run."""
+
+
+class TrainingDivergedError(WmtpError):
+    """Loss or gradient became NaN or infinite and the run was stopped."""
+
+    exit_code = 3
+
+
+class TrainingInterruptedError(WmtpError):
+    """The run was asked to stop by a signal; the state was saved and can be resumed."""
+
+    exit_code = 4
