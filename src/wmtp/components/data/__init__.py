@@ -1,0 +1,25 @@
+"""Datasets of many forms to batches of token ids: reading, recognising, packing, batching, collating."""
+
+from __future__ import annotations
+
+from wmtp.components.data.batching import BatchPlan, TrainingData, evaluation_batches
+from wmtp.components.data.collators import CollatorSettings, LMDataCollator, MTPDataCollator
+from wmtp.components.data.examples import Batch, Bin, Example, Feature, Weight
+from wmtp.components.data.packing import PackingSummary, pack_lengths, summarise_packing
+
+__all__ = [
+    "Batch",
+    "BatchPlan",
+    "Bin",
+    "CollatorSettings",
+    "Example",
+    "Feature",
+    "LMDataCollator",
+    "MTPDataCollator",
+    "PackingSummary",
+    "TrainingData",
+    "Weight",
+    "evaluation_batches",
+    "pack_lengths",
+    "summarise_packing",
+]
