@@ -1,10 +1,10 @@
 """What noisy corpora do to right programs: systematic mistakes, and comments that have nothing to do with it.
 
-Most mistakes are slips at pitfalls: a few operations that the corpus gets wrong about as often as right, always
-in the same way, as people do with bounds and slices. A model trained on everything learns the slip together with
-the operation; more data of the same kind does not cure that, knowing which tokens to trust does. The other
-mistakes are spread over all operations: slips elsewhere, constants off by one, the wrong operation, steps swapped
-or left out.
+Most mistakes are slips at pitfalls: a few operations that the corpus gets wrong about as often as right,
+always in the same way, as people do with bounds and slices. A model trained on everything learns the slip
+together with the operation; more data of the same kind does not cure that, knowing which tokens to trust does.
+The other mistakes are spread over all operations: slips elsewhere, constants off by one, the wrong operation,
+steps swapped or left out.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from wmtp.evaluation.microcode.problems import Draft, Line, fails
 
 _PITFALL_SHARE = 0.65
 _COMMENT_VERBS = ("ask", "see", "todo", "note", "from", "check", "fixme", "old")
-_COMMENT_WORDS = tuple(
-    "apple river stone cloud amber tiger paper north silver maple ocean tower violet copper harbor lemon garden"
-    " winter rocket puzzle velvet orbit meadow falcon ginger marble pepper canyon thunder island".split(" ")
+_COMMENT_WORDS = (
+    *("apple", "river", "stone", "cloud", "amber", "tiger", "paper", "north", "silver", "maple", "ocean"),
+    *("tower", "violet", "copper", "harbor", "lemon", "garden", "winter", "rocket", "puzzle", "velvet"),
+    *("orbit", "meadow", "falcon", "ginger", "marble", "pepper", "canyon", "thunder", "island"),
 )
 
 

@@ -1,8 +1,8 @@
 """The primitive operations MicroCode programs are made of.
 
-An `Operation` knows three things about one step: how English says it, how Python writes it, and what it does, as a
-plain callable. Expected results are always computed by the callable, never by executing program text. Beside the
-right way each operation carries its `slip`: the mistake people typically make with it.
+An `Operation` knows three things about one step: how English says it, how Python writes it, and what it does,
+as a plain callable. Expected results are always computed by the callable, never by executing program text.
+Beside the right way each operation carries its `slip`: the mistake people typically make with it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Value = int | str | list[int]
-"""What flows between the steps of a program: a list of integers or a text, and an integer after a reduction."""
+"""What flows between the steps of a program: integers or a text, and one integer after a reduction."""
 
 Family = Literal["ints", "text"]
 """The kind of argument a program takes: `xs`, a list of integers, or `s`, a text."""

@@ -21,8 +21,8 @@ from wmtp.evaluation.microcode.operations import (
 )
 
 Split = Literal["train", "validation", "test"]
-"""`test` holds compositions that are never in the other two, for any seed; `validation` holds other instructions
-for the compositions of `train`."""
+"""`test` holds compositions that are never in the other two, for any seed; `validation` holds other
+instructions for the compositions of `train`."""
 
 ENTRY_POINT = "f"
 """The name of every MicroCode function."""
@@ -93,7 +93,7 @@ class Draft:
 
 
 def is_held_out(composition: tuple[str, ...]) -> bool:
-    """Whether a composition belongs to the test split: a property of its names alone, the same for every seed.
+    """Whether a composition belongs to the test split: a matter of its names, the same for every seed.
 
     Single operations are never held out: what is tested is putting known steps together in an unknown way.
     """

@@ -19,11 +19,11 @@ _PIECES = r"\n[ ]*|\d| ?[A-Za-z_]+| ?[^\sA-Za-z_\d]+|[ ]+"
 def build_tokenizer(vocab_size: int = 512, seed: int = 0) -> PreTrainedTokenizerFast:
     """Train the tokenizer from generated problems; the same arguments always give the same tokenizer.
 
-    Every byte is in the vocabulary, so any text round-trips exactly. Numbers are cut into digits. Encoding adds no
-    special tokens: whoever builds training examples places beginning and end.
+    Every byte is in the vocabulary, so any text round-trips exactly. Numbers are cut into digits. Encoding adds
+    no special tokens: whoever builds training examples places beginning and end.
 
     Args:
-        vocab_size: tokens in all, special ones included; the vocabulary is smaller when the text has no more merges.
+        vocab_size: tokens in all, special ones included; fewer when the text has no more merges.
         seed: of the problems it is trained from.
 
     Raises:
@@ -45,7 +45,7 @@ def build_tokenizer(vocab_size: int = 512, seed: int = 0) -> PreTrainedTokenizer
     )
     tokenizer.decoder = decoders.ByteLevel()
     problems = generate_problems(
-        split="train", num_problems=_NUM_TRAINING_PROBLEMS, seed=seed, wrong_ratio=0.5, comment_ratio=0.5
+        split="train", num_problems=_NUM_TRAINING_PROBLEMS, seed=seed, wrong_ratio=0.5, comment_ratio=0.1
     )
     tokenizer.train_from_iterator(
         (problem.program for problem in problems),
@@ -56,7 +56,7 @@ def build_tokenizer(vocab_size: int = 512, seed: int = 0) -> PreTrainedTokenizer
             show_progress=False,
         ),
     )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         tokenizer_object=tokenizer,
         bos_token=BOS_TOKEN,
         eos_token=EOS_TOKEN,
