@@ -41,7 +41,7 @@ def bootstrap_mean_interval(
         )
     if not 0.0 < confidence < 1.0 or num_resamples < 1:
         raise UserInputError(
-            f"confidence must be in (0, 1) and num_resamples at least 1, got {confidence} and {num_resamples}",
+            f"confidence must be in (0, 1), num_resamples at least 1, got {confidence} and {num_resamples}",
             remedy="Use for example 0.95 and 2000.",
         )
     generator = np.random.default_rng(seed)

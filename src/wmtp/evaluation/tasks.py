@@ -32,7 +32,7 @@ class Task:
         program_prefix: what stands before the completion to make a whole program (HumanEval: the prompt).
         stop: strings that end a completion; neither they nor anything after them belong to the program.
         reference: a right completion, empty when unknown.
-        timeout_s: wall-clock limit of one run of the tests, in seconds.
+        timeout_s: wall-clock limit of one run of the tests, in seconds, where the caller sets none.
     """
 
     task_id: str
@@ -60,7 +60,7 @@ def humaneval_task(row: Mapping[str, Any]) -> Task:
     """Turn a HumanEval row into a task.
 
     The prompt is the row's own (imports, helpers, signature, docstring) and also begins the program. Whatever
-    the prompt defines besides the entry point (`poly`, `encode_cyclic`, ...) is given to the tester as `setup`,
+    the prompt defines besides the entry point (`poly`, `encode_cyclic`) is given to the tester as `setup`,
     so that a completion which redefines such a helper cannot bend the test that uses it.
 
     Raises:
@@ -91,7 +91,7 @@ def mbpp_task(row: Mapping[str, Any]) -> Task:
         assert similar_elements((3, 4, 5, 6),(5, 7, 4, 10)) == (4, 5)
         """
 
-    This is the form of Fried et al. 2022 (InCoder), with all asserts shown as in Austin et al. 2021. Line ends
+    The form is that of Fried et al. 2022 (InCoder), all asserts shown as in Austin et al. 2021. Line ends
     of the published file (CRLF in part) become LF.
 
     Raises:
@@ -140,7 +140,7 @@ def _texts(row: Mapping[str, Any], fields: Sequence[str], dataset: str) -> list[
 
 def _prompt_helpers(prompt: str, entry_point: str, task_id: str) -> str:
     try:
-        # A prompt that ends with its docstring is a whole function; `pass` covers one that ends in a signature.
+        # A prompt that ends with its docstring is a whole function; `pass` is for one that ends in "def f():".
         module = ast.parse(prompt + "\n    pass\n")
     except SyntaxError as error:
         raise DataError(
