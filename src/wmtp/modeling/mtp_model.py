@@ -1,0 +1,394 @@
+"""A causal language model that predicts several tokens at once.
+
+The trunk is every decoder layer but the last. Head 0 is the model's own last layer; each further head is one
+more decoder layer that reads the trunk. All heads share the model's final norm and unembedding (Gloeckle et
+al., 2024, "Better & Faster Large Language Models via Multi-token Prediction").
+
+Shapes: B batch, S sequence, H heads (horizon), V vocabulary, D hidden size. Head h (0-based) at position t
+predicts token t+h+1.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from wmtp.exceptions import ModelLoadError, UserInputError
+from wmtp.modeling import probe
+from wmtp.modeling.outputs import LayerArguments, MTPOutput, TrunkOutput
+from wmtp.modeling.packing import plan_attention
+from wmtp.modeling.state_dict import drop_tied_copies, restore_tied_copies
+from wmtp.modeling.structure import find_decoder_parts, find_logit_transform
+
+HeadForm = Literal["transformer"]
+Adapter = Literal["heads"]
+HEAD_FORMS = ("transformer",)
+ADAPTERS = ("heads",)
+
+
+class MTPModel(nn.Module):
+    """Wraps a Hugging Face decoder-only causal language model and adds heads for the tokens after the next.
+
+    Args:
+        causal_lm: the model to wrap; it is kept, not copied.
+        extra_heads: the decoder layers of heads 1..H-1.
+
+    Raises:
+        ModelLoadError: the model's structure is not understood, found by comparing head 0 with the model
+            itself.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel, extra_heads: nn.ModuleList) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.extra_heads = extra_heads
+        self._logit_transform = find_logit_transform(causal_lm)
+        self._layer_returns_tuple: bool | None = None
+        self._documents_verified = False
+        self.register_state_dict_post_hook(drop_tied_copies)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(restore_tied_copies)  # type: ignore[no-untyped-call]
+        self._parts = find_decoder_parts(causal_lm)
+        if not self._is_on_meta_device:
+            self.verify_structure()
+
+    # ---------------------------------------------------------------- construction
+
+    @classmethod
+    def from_causal_lm(
+        cls,
+        causal_lm: PreTrainedModel,
+        *,
+        horizon: int,
+        head: HeadForm = "transformer",
+        adapter: Adapter = "heads",
+    ) -> Self:
+        """Wrap a model in memory; heads 1..horizon-1 start as copies of its last decoder layer.
+
+        Raises:
+            UserInputError: horizon below 1, or an unknown head form or adapter.
+            ModelLoadError: the model is not a decoder-only causal language model of a known structure.
+        """
+        check_head_options(horizon, head, adapter)
+        last_layer = find_decoder_parts(causal_lm).layers[-1]
+        return cls(causal_lm, nn.ModuleList(copy.deepcopy(last_layer) for _ in range(horizon - 1)))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        horizon: int | None = None,
+        head: HeadForm = "transformer",
+        adapter: Adapter = "heads",
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
+    ) -> Self:
+        """Load a Hugging Face model or a WMTP export from a directory or the hub.
+
+        Args:
+            path: a directory, or a hub id `org/name` or `org/name:subfolder`.
+            horizon: number of heads; None takes what the checkpoint has (1 for a plain model). Fewer than it
+                has uses the first ones and warns; more adds copies of the last layer.
+            head: form of the heads.
+            adapter: how a checkpoint with too few heads gets more.
+            dtype: of the parameters in memory.
+            trust_remote_code: let the checkpoint run its own code. Off unless the user says so.
+
+        Raises:
+            ModelLoadError: files missing, unreadable or not fitting; the message names file and tensor.
+            UserInputError: a horizon, head form or adapter that cannot be.
+        """
+        from wmtp.modeling.pretrained import load_mtp_model
+
+        causal_lm, extra_heads = load_mtp_model(
+            path,
+            horizon=horizon,
+            head=head,
+            adapter=adapter,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
+        return cls(causal_lm, extra_heads)
+
+    def save_pretrained(
+        self,
+        path: str | Path,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the export: a directory that `AutoModelForCausalLM` loads as an ordinary next-token model.
+
+        Beside it stand `mtp_heads.safetensors` (heads 1..H-1) and `wmtp.json` (horizon, head form,
+        `metadata`), from which `from_pretrained` gets all heads back bit for bit. Not atomic; publish the
+        directory yourself.
+        """
+        from wmtp.modeling.pretrained import save_mtp_model
+
+        save_mtp_model(self, Path(path), tokenizer=tokenizer, metadata=metadata)
+
+    # ---------------------------------------------------------------- forward
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        *,
+        num_heads: int | None = None,
+    ) -> MTPOutput:
+        """Run trunk and heads, without the unembedding.
+
+        Args:
+            input_ids: [B,S] token ids.
+            attention_mask: [B,S], 1 on real tokens and 0 on padding, on either side.
+            position_ids: [B,S]; default 0, 1, 2, ... in each document.
+            document_ids: [B,S], one number a document, -1 on padding; attention never crosses documents.
+            num_heads: run heads 0..num_heads-1 only, e.g. 1 to score; default all.
+
+        Raises:
+            UserInputError: shapes that do not fit, or packed documents that this model cannot keep apart.
+        """
+        num_heads = self.horizon if num_heads is None else num_heads
+        if not 1 <= num_heads <= self.horizon:
+            raise UserInputError(
+                f"num_heads={num_heads}, but this model has {self.horizon} heads",
+                remedy=f"choose 1..{self.horizon}",
+            )
+        trunk = self.run_trunk(input_ids, attention_mask, position_ids, document_ids)
+        hidden_BSHD = torch.stack([self.run_head(head, trunk) for head in range(num_heads)], dim=2)
+        return MTPOutput(hidden_BSHD, trunk.trunk_BSD, trunk.layer_arguments, self.unembed)
+
+    def run_trunk(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> TrunkOutput:
+        """Run everything in front of the last decoder layer; arguments as for `forward`."""
+        for name, value in {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "document_ids": document_ids,
+        }.items():
+            if value is not None and value.shape != input_ids.shape:
+                raise UserInputError(
+                    f"{name} has shape {tuple(value.shape)}, input_ids {tuple(input_ids.shape)}",
+                    remedy=f"pass {name} as [B,S] like input_ids",
+                )
+        plan = plan_attention(attention_mask, position_ids, document_ids)
+        if self._layer_returns_tuple is None:
+            self.verify_structure()
+        if plan.isolates_documents and not self._documents_verified:
+            self.verify_document_isolation()
+        return self._run_trunk(input_ids, plan.attention_mask_BS, plan.position_ids_BS)
+
+    def run_head(self, head: int, trunk: TrunkOutput) -> Tensor:
+        """Run one head on the trunk: its decoder layer, then the shared final norm. Returns [B,S,D]."""
+        parts = self._parts
+        layer = parts.layers[-1] if head == 0 else self.extra_heads[head - 1]
+        arguments = trunk.layer_arguments
+        output = layer(trunk.trunk_BSD, *arguments.positional, **arguments.keyword)
+        hidden_BSD = output[0] if isinstance(output, tuple) else output
+        normed_BSD: Tensor = parts.final_norm(hidden_BSD)
+        return normed_BSD
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Map hidden states [..., D] after the final norm to logits [..., V], as the wrapped model does."""
+        return self._logit_transform(self._unembedding(hidden))
+
+    def _run_trunk(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> TrunkOutput:
+        parts = self._parts
+        optional = {"attention_mask": attention_mask, "position_ids": position_ids}
+        given = {name: value for name, value in optional.items() if value is not None}
+        recorder = _LastLayerRecorder(returns_tuple=bool(self._layer_returns_tuple))
+        # The wrapped model prepares masks and positions in its own way and then meets the recorder where its
+        # last layer was. Without a cache: a copied layer keeps its cache index and would attend to head 0's
+        # keys.
+        last_layer = parts.layers[-1]
+        parts.layers[-1] = recorder
+        try:
+            parts.base(input_ids=input_ids, use_cache=False, **given)
+        finally:
+            parts.layers[-1] = last_layer
+        return recorder.recorded
+
+    # ---------------------------------------------------------------- checks
+
+    def verify_structure(self) -> None:
+        """Compare head 0 with the wrapped model on a few tokens; runs once, at construction where weights are
+        there.
+
+        Raises:
+            ModelLoadError: they differ, so the model does something after its last layer that is not known
+                here.
+        """
+        tokens = probe.probe_tokens(self._vocab_size, self.device)
+        returns_tuple: list[bool] = []
+        handle = self._parts.layers[-1].register_forward_hook(
+            lambda _module, _inputs, output: returns_tuple.append(isinstance(output, tuple))
+        )
+        try:
+            with probe.evaluating(self):
+                expected_BSV = self.causal_lm(input_ids=tokens, use_cache=False).logits
+        finally:
+            handle.remove()
+        self._layer_returns_tuple = returns_tuple[0]
+        with probe.evaluating(self):
+            actual_BSV = self.unembed(self.run_head(0, self._run_trunk(tokens, None, None)))
+        if probe.differs(actual_BSV, expected_BSV):
+            raise ModelLoadError(
+                f"{type(self.causal_lm).__name__} changes its hidden states or logits after the last decoder "
+                "layer in a way that heads could not repeat",
+                remedy="use a model whose logits are unembedding(norm(last layer)), scaled or soft-capped",
+            )
+
+    def verify_document_isolation(self) -> None:
+        """Check on a few tokens that a document does not see the one packed before it; runs once, when
+        needed.
+
+        Raises:
+            UserInputError: it does, as with recurrent layers.
+        """
+        name = type(self.causal_lm).__name__
+        remedy = (
+            "switch packing off (data.train.pack_sequences: false), or load the model with SDPA attention "
+            "where it has attention layers only"
+        )
+        if "position_ids" not in inspect.signature(self._parts.base.forward).parameters:
+            raise UserInputError(
+                f"{name} takes no positions, so it cannot keep packed documents apart", remedy=remedy
+            )
+        half = probe.PROBE_LENGTH // 2
+        tokens = probe.probe_tokens(self._vocab_size, self.device)
+        positions = (torch.arange(probe.PROBE_LENGTH, device=self.device) % half).expand_as(tokens)
+        with probe.evaluating(self):
+            hidden_BSD = self.run_head(0, self._run_trunk(tokens, None, positions))
+        if probe.differs(hidden_BSD[0, half:], hidden_BSD[1, half:]):
+            raise UserInputError(
+                f"{name} carries information from one packed document into the next (recurrent layers, or an "
+                "attention implementation that ignores restarted positions)",
+                remedy=remedy,
+            )
+        self._documents_verified = True
+
+    # ---------------------------------------------------------------- properties
+
+    @property
+    def horizon(self) -> int:
+        """Number of heads, H."""
+        return 1 + len(self.extra_heads)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """How far ahead each head predicts: 1..H."""
+        return tuple(range(1, self.horizon + 1))
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The wrapped model's configuration."""
+        return self.causal_lm.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the unembedding lives."""
+        return self.unembedding_VD.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the unembedding."""
+        return self.unembedding_VD.dtype
+
+    @property
+    def unembedding_VD(self) -> Tensor:
+        """Weight of the unembedding; with tied embeddings the embedding itself."""
+        weight: Tensor = self._unembedding.weight  # type: ignore[assignment]  # any linear layer has it
+        return weight
+
+    @property
+    def unembedding_bias_V(self) -> Tensor | None:
+        """Bias of the unembedding (Phi, GPT-J), else None."""
+        bias: Tensor | None = self._unembedding.bias  # type: ignore[assignment]  # any linear layer has it
+        return bias
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor on the logits (Cohere, Granite), before the soft cap."""
+        return self._logit_transform.scale
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """Soft cap c of `c * tanh(logits / c)` (Gemma 2), else None."""
+        return self._logit_transform.softcap
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of wrapped model and heads, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.unembedding_VD.shape[1]
+
+    @property
+    def _vocab_size(self) -> int:
+        return self.unembedding_VD.shape[0]
+
+    @property
+    def _unembedding(self) -> nn.Module:
+        # Asked for at each use: resizing the vocabulary replaces it.
+        module: nn.Module = self.causal_lm.get_output_embeddings()  # type: ignore[no-untyped-call]
+        return module
+
+    @property
+    def _is_on_meta_device(self) -> bool:
+        return any(parameter.is_meta for parameter in self.parameters())
+
+
+class _LastLayerRecorder(nn.Module):
+    """Stands in for the last decoder layer: notes what it was called with and passes the hidden states on."""
+
+    def __init__(self, *, returns_tuple: bool) -> None:
+        super().__init__()
+        self._returns_tuple = returns_tuple
+        self._recorded: TrunkOutput | None = None
+
+    def forward(self, *positional: Any, **keyword: Any) -> Tensor | tuple[Tensor, None]:
+        if positional:
+            trunk_BSD, *rest = positional
+        else:
+            trunk_BSD, rest = keyword.pop("hidden_states"), []
+        self._recorded = TrunkOutput(trunk_BSD, LayerArguments(tuple(rest), keyword))
+        return (trunk_BSD, None) if self._returns_tuple else trunk_BSD
+
+    @property
+    def recorded(self) -> TrunkOutput:
+        if self._recorded is None:
+            raise ModelLoadError("the wrapped model did not run its last decoder layer")
+        return self._recorded
+
+
+def check_head_options(horizon: int, head: str, adapter: str) -> None:
+    """Refuse a horizon below 1 and unknown head forms and adapters.
+
+    Raises:
+        UserInputError: with the value and what is possible.
+    """
+    if horizon < 1:
+        raise UserInputError(f"horizon is {horizon}", remedy="choose at least 1 (1 is next-token prediction)")
+    if head not in HEAD_FORMS:
+        raise UserInputError(f"unknown head form {head!r}", remedy=f"choose one of: {', '.join(HEAD_FORMS)}")
+    if adapter not in ADAPTERS:
+        raise UserInputError(f"unknown adapter {adapter!r}", remedy=f"choose one of: {', '.join(ADAPTERS)}")

@@ -1,0 +1,37 @@
+"""State dicts in which every parameter stands once.
+
+A tied unembedding is the embedding under a second name. Checkpoint files refuse tensors that share memory,
+and a second copy would be a way for the two to come apart, so the second name is left out and put back on
+loading.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """Return {second name: first name} of parameters that occur under several names."""
+    first_name: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        kept = first_name.setdefault(id(parameter), name)
+        if kept != name:
+            tied[name] = kept
+    return tied
+
+
+def drop_tied_copies(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """State dict post-hook: remove second names."""
+    for name in tied_names(module):
+        state_dict.pop(prefix + name, None)
+
+
+def restore_tied_copies(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Load state dict pre-hook: fill second names that the file leaves out, so that strict loading stays
+    strict."""
+    for name, kept in tied_names(module).items():
+        if prefix + kept in state_dict:
+            state_dict.setdefault(prefix + name, state_dict[prefix + kept])
