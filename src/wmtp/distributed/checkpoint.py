@@ -29,7 +29,13 @@ from typing import Any
 from torch import Tensor
 
 from wmtp.distributed.checkpoint_tensors import TensorGroup, read_group, write_group
-from wmtp.distributed.publishing import STAGING_PATTERN, publish_directory, read_manifest, verify_manifest
+from wmtp.distributed.publishing import (
+    STAGING_PATTERN,
+    discard_directory,
+    publish_directory,
+    read_manifest,
+    verify_manifest,
+)
 from wmtp.exceptions import CheckpointError
 
 FORMAT = "wmtp-checkpoint"
@@ -226,7 +232,7 @@ def _prune(run_dir: Path, keep_last: int) -> None:
     oldest_kept = whole[-keep_last:][0].sequence
     for info in infos:
         if info.sequence < oldest_kept:
-            shutil.rmtree(info.path)
+            discard_directory(info.path)
 
 
 @contextmanager

@@ -67,6 +67,13 @@ def publish_directory(
         raise
 
 
+def discard_directory(path: Path) -> None:
+    """Delete a published folder so that a crash on the way leaves a staging name, not a folder with holes."""
+    doomed = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
 def write_bytes_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file so that a reader finds the old content or the new, never a part; parents are created."""
     path = Path(path)
