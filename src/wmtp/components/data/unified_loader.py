@@ -153,7 +153,7 @@ class UnifiedDataLoader(Component[DataLoaderContext, list[Example]]):
             split=split,
             num_problems=options.num_examples if limit is None else limit,
             seed=options.seed,
-            # Held-out loss is measured on what should be learned, so only training data holds wrong solutions.
+            # Held-out loss is measured on what should be learned: only training data holds wrong solutions.
             wrong_ratio=options.wrong_ratio if split == "train" else 0.0,
             comment_ratio=options.comment_ratio,
         )

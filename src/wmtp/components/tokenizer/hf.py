@@ -1,0 +1,275 @@
+"""Hugging Face tokenizers as a component: examples to features."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from wmtp.components.base import Component
+from wmtp.components.data.examples import IGNORE_INDEX, Example, Feature
+from wmtp.components.data.formats import missing_fields, recognise
+from wmtp.components.registry import tokenizer_registry
+from wmtp.components.tokenizer.chat import chat_pieces
+from wmtp.components.tokenizer.encoding import EncodedPiece, Piece, PieceEncoder, weights_from_spans
+from wmtp.evaluation.microcode import build_tokenizer
+from wmtp.exceptions import DataError, ModelLoadError, UserInputError
+
+logger = logging.getLogger(__name__)
+
+BUILTIN_PREFIX = "builtin:micro-"
+# Examples tokenised in one call: enough to keep the tokenizer's threads busy.
+_CHUNK = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerSettings:
+    """Settings of the tokenizer component.
+
+    Attributes:
+        tokenizer: a loaded Hugging Face tokenizer; takes precedence over `path`.
+        path: directory, hub id, or one of the built-in models (`builtin:micro-...`).
+        max_length: tokens an example is cut to, special tokens included.
+        train_on_prompt: prompt tokens count in the loss too.
+        trust_remote_code: let the tokenizer run code from its repository.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    path: str | None = None
+    max_length: int = 2048
+    train_on_prompt: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerContext:
+    """What one `run` tokenises."""
+
+    examples: Sequence[Example]
+
+
+@tokenizer_registry.register("hf", version="1.0.0", description="any Hugging Face tokenizer")
+class HfTokenizer(Component[TokenizerContext, list[Feature]]):
+    """Turns examples into features with a Hugging Face tokenizer.
+
+    A document is: beginning-of-sequence token where the tokenizer has one and adds it itself; prompt; completion;
+    end-of-sequence token, a target, so that the model learns to stop. Prompt and completion are tokenised apart
+    (see `encoding`). In a chat the template writes all of this. Special tokens spelled out in the data
+    become those tokens.
+
+    Attributes:
+        tokenizer: the Hugging Face object.
+    """
+
+    def __init__(self, settings: TokenizerSettings | Mapping[str, Any]) -> None:
+        if not isinstance(settings, TokenizerSettings):
+            settings = TokenizerSettings(**settings)
+        if settings.max_length < 2:
+            raise UserInputError(
+                f"max_length is {settings.max_length}", remedy="use at least 2: a token, and one to predict"
+            )
+        self.settings = settings
+        self.tokenizer = settings.tokenizer if settings.tokenizer is not None else _load(settings)
+        self._encoder = PieceEncoder(self.tokenizer)
+
+    def run(self, context: TokenizerContext) -> list[Feature]:
+        """Tokenise the context's examples; see `tokenize_dataset`."""
+        return self.tokenize_dataset(context.examples)
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Ids a model is given to generate from: exactly those that precede the completion in training."""
+        ids = self._encoder.encode([prompt])[0].input_ids
+        return self._with_bos(ids)
+
+    def tokenize_dataset(self, dataset: Iterable[Example | Mapping[str, Any]]) -> list[Feature]:
+        """Tokenise examples, or plain rows that are recognised as the data loader does.
+
+        Examples longer than `max_length` are cut on the right, and those left without a target are dropped; a
+        warning counts both.
+
+        Returns:
+            Features with `input_ids`, `labels` (-100 on what is no target), `row_id`, and where the example has
+            them `reward` and `weights` (one a token).
+
+        Raises:
+            DataError: weights that do not fit the tokens, a chat that cannot be rendered, or nothing left.
+        """
+        if self._encoder.eos_token_id is None:
+            logger.warning(
+                "tokenizer %r has no end-of-sequence token, so the model does not learn to stop; "
+                "set eos_token in its tokenizer_config.json",
+                self.tokenizer.name_or_path,
+            )
+        features: list[Feature] = []
+        num_examples = num_cut = 0
+        for chunk in _chunks(dataset):
+            for feature in self._features(chunk):
+                num_examples += 1
+                is_cut = len(feature["input_ids"]) > self.settings.max_length
+                num_cut += is_cut
+                if is_cut:
+                    feature = _cut(feature, self.settings.max_length)
+                # Nothing predicts a document's first token.
+                if any(label != IGNORE_INDEX for label in feature["labels"][1:]):
+                    features.append(feature)
+        num_dropped = num_examples - len(features)
+        if num_cut or num_dropped:
+            logger.warning(
+                "%d of %d examples are longer than %d tokens and were cut; %d have no target left and were dropped; "
+                "raise data.train.max_length to keep them whole",
+                num_cut,
+                num_examples,
+                self.settings.max_length,
+                num_dropped,
+            )
+        if not features:
+            raise DataError(
+                f"none of {num_examples} examples has a token to learn within {self.settings.max_length} tokens",
+                remedy="raise data.train.max_length, or check that prompts are not longer than it",
+            )
+        return features
+
+    def _features(self, examples: Sequence[Example]) -> list[Feature]:
+        """Features of some examples, not yet cut to length."""
+        documents = [self._pieces(example) for example in examples]
+        first = iter(self._encoder.encode([pieces[0].text for pieces in documents]))
+        rest = iter(
+            self._encoder.encode_continuations([piece.text for pieces in documents for piece in pieces[1:]])
+        )
+        return [
+            self._feature(example, pieces, [next(first), *islice(rest, len(pieces) - 1)])
+            for example, pieces in zip(examples, documents, strict=True)
+        ]
+
+    def _pieces(self, example: Example) -> list[Piece]:
+        pieces = (
+            [Piece(example.prompt, is_target=False), Piece(example.completion, is_target=True)]
+            if example.messages is None
+            else chat_pieces(example, self.tokenizer)
+        )
+        # The first piece that has text begins the document; an empty one before it would make it a continuation.
+        return [piece for piece in pieces if piece.text] or pieces[:1]
+
+    def _feature(self, example: Example, pieces: list[Piece], encoded: list[EncodedPiece]) -> Feature:
+        input_ids: list[int] = []
+        labels: list[int] = []
+        for piece, part in zip(pieces, encoded, strict=True):
+            input_ids += part.input_ids
+            is_target = piece.is_target or self.settings.train_on_prompt
+            labels += part.input_ids if is_target else [IGNORE_INDEX] * len(part.input_ids)
+        feature: Feature = {"input_ids": input_ids, "labels": labels, "row_id": example.row_id}
+        if example.weight is not None:
+            feature["weights"] = self._weights(example, pieces, encoded)
+        if example.reward is not None:
+            feature["reward"] = example.reward
+        return feature if example.messages is not None else self._with_special_tokens(feature)
+
+    def _weights(self, example: Example, pieces: list[Piece], encoded: list[EncodedPiece]) -> list[float]:
+        """One weight a token of the text, special tokens not yet there."""
+        num_tokens = sum(len(part.input_ids) for part in encoded)
+        weight = example.weight
+        if example.messages is not None:
+            parts = zip(pieces, encoded, strict=True)
+            return [
+                1.0 if piece.weight is None else piece.weight for piece, part in parts for _ in part.input_ids
+            ]
+        if not isinstance(weight, list):
+            return [1.0 if weight is None else weight] * num_tokens
+        spans = [item for item in weight if isinstance(item, dict)]
+        if spans:
+            if not self.tokenizer.is_fast:
+                raise DataError(
+                    f"{example.row_id} has weights by character, which tokenizer "
+                    f"{self.tokenizer.name_or_path!r} cannot place",
+                    remedy="use a fast tokenizer, or weights per token",
+                )
+            return weights_from_spans(_document_spans(pieces, encoded), spans)
+        numbers = [item for item in weight if not isinstance(item, dict)]
+        if len(numbers) != num_tokens:
+            raise DataError(
+                f"{example.row_id} has {len(numbers)} weights, but prompt and completion have {num_tokens} tokens "
+                "(special tokens not counted)",
+                remedy="give one weight a token of this tokenizer, or weights by character: start, end, weight",
+            )
+        return numbers
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        bos = self._encoder.bos_token_id
+        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+    def _with_special_tokens(self, feature: Feature) -> Feature:
+        """Put beginning and end around a document that does not have them; both weigh 1."""
+        before = len(self._with_bos(list(feature["input_ids"]))) - len(feature["input_ids"])
+        bos, eos = self._encoder.bos_token_id, self._encoder.eos_token_id
+        head = [bos] if before and bos is not None else []
+        tail = [eos] if eos is not None and list(feature["input_ids"][-1:]) != [eos] else []
+        result: Feature = {
+            **feature,
+            "input_ids": [*head, *feature["input_ids"], *tail],
+            "labels": [*[IGNORE_INDEX] * len(head), *feature["labels"], *tail],
+        }
+        if "weights" in feature:
+            result["weights"] = [*[1.0] * len(head), *feature["weights"], *[1.0] * len(tail)]
+        return result
+
+
+def _document_spans(pieces: list[Piece], encoded: list[EncodedPiece]) -> list[tuple[int, int]]:
+    """Characters of each token in the text of the whole document."""
+    spans: list[tuple[int, int]] = []
+    offset = 0
+    for piece, part in zip(pieces, encoded, strict=True):
+        spans += [(offset + start, offset + end) for start, end in part.spans]
+        offset += len(piece.text)
+    return spans
+
+
+def _cut(feature: Feature, max_length: int) -> Feature:
+    result: Feature = {
+        **feature,
+        "input_ids": feature["input_ids"][:max_length],
+        "labels": feature["labels"][:max_length],
+    }
+    if "weights" in feature:
+        result["weights"] = feature["weights"][:max_length]
+    return result
+
+
+def _chunks(dataset: Iterable[Example | Mapping[str, Any]]) -> Iterator[list[Example]]:
+    chunk: list[Example] = []
+    for number, row in enumerate(dataset):
+        chunk += [row] if isinstance(row, Example) else _examples_of_row(row, number)
+        if len(chunk) >= _CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _examples_of_row(row: Mapping[str, Any], number: int) -> list[Example]:
+    row_format = recognise(row)
+    if row_format is None:
+        problem, remedy = missing_fields(row, None)
+        raise DataError(f"row {number}: {problem}", remedy=remedy)
+    return row_format.convert(f"row {number}", row)
+
+
+def _load(settings: TokenizerSettings) -> PreTrainedTokenizerBase:
+    if settings.path is None:
+        raise UserInputError("no tokenizer is named", remedy="set model.tokenizer.path or the base model")
+    if settings.path.startswith(BUILTIN_PREFIX):
+        return build_tokenizer()
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            settings.path, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelLoadError(
+            f"no tokenizer can be loaded from {settings.path!r}: {str(error).splitlines()[0]}",
+            remedy="give a directory or hub id with tokenizer.json or tokenizer.model "
+            "(model.tokenizer.path where the model has none)",
+        ) from error
+    return tokenizer
