@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from wmtp.components.data.examples import IGNORE_INDEX, Batch, Bin, Feature
+from wmtp.components.data.examples import Batch, Bin, Feature
 from wmtp.components.registry import collator_registry
 from wmtp.exceptions import DataError, UserInputError
-from wmtp.objectives import shift_labels
+from wmtp.objectives import IGNORE_INDEX, shift_labels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,6 @@ from typing import Any, TypeAlias, TypedDict
 
 from wmtp.evaluation.tasks import Task
 
-IGNORE_INDEX = -100
-
 # A number (the sample), a list of numbers (one per token of the text without special tokens, or one per
 # message of a chat), or character spans over prompt + completion: {"start", "end", "weight"}.
 Weight: TypeAlias = float | list[float] | list[dict[str, float]]

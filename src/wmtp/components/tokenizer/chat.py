@@ -15,9 +15,9 @@ from wmtp.exceptions import DataError
 def chat_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
     """Render a chat with the tokenizer's template and cut it at the assistant's turns.
 
-    An assistant's turn is what the template adds when the turn follows the generation prompt: the content and
-    what closes it, so that the model learns to stop. A weight per message weighs the assistant's turns; weights
-    of other turns are not used.
+    An assistant's turn is what the template adds when the turn follows the generation prompt: the content
+    and what closes it, so that the model learns to stop. A weight per message weighs the assistant's turns;
+    weights of other turns are not used.
 
     Raises:
         DataError: the tokenizer has no chat template, the template refuses the chat, or it writes a turn
@@ -42,8 +42,8 @@ def chat_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Pi
         through = _render(example, tokenizer, messages[: number + 1], add_generation_prompt=False)
         if not (whole.startswith(through) and through.startswith(before) and at <= len(before)):
             raise DataError(
-                f"{example.row_id}: the chat template writes messages[{number}] differently depending on what "
-                "follows it",
+                f"{example.row_id}: the chat template writes messages[{number}] differently depending on "
+                "what follows it",
                 remedy="give each assistant turn as a row of its own, with the turns before it",
             )
         pieces.append(Piece(whole[at : len(before)], is_target=False))

@@ -52,8 +52,8 @@ class PieceEncoder:
         bos = tokenizer.bos_token_id
         self.bos_token_id: int | None = bos if bos is not None and probe_ids[:1] == [bos] else None
         self.eos_token_id: int | None = tokenizer.eos_token_id
-        # SentencePiece tokenizers put a blank before every text. In the middle of a document it would be real: the
-        # completion of an indented line would be learned, and generated, with one blank too many.
+        # SentencePiece tokenizers put a blank before every text. In the middle of a document it would be real:
+        # the completion of an indented line would be learned, and generated, with one blank too many.
         plain_ids = self._encode(["x"])[0].input_ids
         self._adds_blank = tokenizer.decode(plain_ids * 2, clean_up_tokenization_spaces=False) != "xx"
 
@@ -76,7 +76,7 @@ class PieceEncoder:
             open_indices = [index for index in open_indices if results[index] is None]
         if open_indices:
             raise DataError(
-                f"the tokenizer cannot tokenise {texts[open_indices[0]][:60]!r} as the continuation of a text",
+                f"the tokenizer cannot tokenise {texts[open_indices[0]][:60]!r} as a continuation",
                 remedy="use a tokenizer that does not merge text across line breaks",
             )
         return [encoded for encoded in results if encoded is not None]
@@ -112,7 +112,7 @@ def weights_from_spans(
     """
     weights = []
     for start, end in spans:
-        # Tokens that are part of one character (bytes of it) report that character's span; empty spans weigh 1.
+        # Tokens that are some bytes of one character report that character's span; empty spans weigh 1.
         total = float(end - start)
         for span in weight_spans:
             overlap = min(end, span["end"]) - max(start, span["start"])

@@ -11,13 +11,14 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from wmtp.components.base import Component
-from wmtp.components.data.examples import IGNORE_INDEX, Example, Feature
+from wmtp.components.data.examples import Example, Feature
 from wmtp.components.data.formats import missing_fields, recognise
 from wmtp.components.registry import tokenizer_registry
 from wmtp.components.tokenizer.chat import chat_pieces
 from wmtp.components.tokenizer.encoding import EncodedPiece, Piece, PieceEncoder, weights_from_spans
 from wmtp.evaluation.microcode import build_tokenizer
 from wmtp.exceptions import DataError, ModelLoadError, UserInputError
+from wmtp.objectives import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +57,10 @@ class TokenizerContext:
 class HfTokenizer(Component[TokenizerContext, list[Feature]]):
     """Turns examples into features with a Hugging Face tokenizer.
 
-    A document is: beginning-of-sequence token where the tokenizer has one and adds it itself; prompt; completion;
-    end-of-sequence token, a target, so that the model learns to stop. Prompt and completion are tokenised apart
-    (see `encoding`). In a chat the template writes all of this. Special tokens spelled out in the data
-    become those tokens.
+    A document is: beginning-of-sequence token where the tokenizer has one and adds it itself; prompt;
+    completion; end-of-sequence token, a target, so that the model learns to stop. Prompt and completion are
+    tokenised apart (see `encoding`). In a chat the template writes all of this. Special tokens spelled out in
+    the data become those tokens.
 
     Attributes:
         tokenizer: the Hugging Face object.
@@ -92,8 +93,8 @@ class HfTokenizer(Component[TokenizerContext, list[Feature]]):
         warning counts both.
 
         Returns:
-            Features with `input_ids`, `labels` (-100 on what is no target), `row_id`, and where the example has
-            them `reward` and `weights` (one a token).
+            Features with `input_ids`, `labels` (-100 on what is no target), `row_id`, and where the example
+            has them `reward` and `weights` (one a token).
 
         Raises:
             DataError: weights that do not fit the tokens, a chat that cannot be rendered, or nothing left.
@@ -119,8 +120,8 @@ class HfTokenizer(Component[TokenizerContext, list[Feature]]):
         num_dropped = num_examples - len(features)
         if num_cut or num_dropped:
             logger.warning(
-                "%d of %d examples are longer than %d tokens and were cut; %d have no target left and were dropped; "
-                "raise data.train.max_length to keep them whole",
+                "%d of %d examples are longer than %d tokens and were cut; %d have no target left and were "
+                "dropped; raise data.train.max_length to keep them whole",
                 num_cut,
                 num_examples,
                 self.settings.max_length,
@@ -128,7 +129,8 @@ class HfTokenizer(Component[TokenizerContext, list[Feature]]):
             )
         if not features:
             raise DataError(
-                f"none of {num_examples} examples has a token to learn within {self.settings.max_length} tokens",
+                f"none of {num_examples} examples has a token to learn in its first "
+                f"{self.settings.max_length} tokens",
                 remedy="raise data.train.max_length, or check that prompts are not longer than it",
             )
         return features
@@ -151,7 +153,7 @@ class HfTokenizer(Component[TokenizerContext, list[Feature]]):
             if example.messages is None
             else chat_pieces(example, self.tokenizer)
         )
-        # The first piece that has text begins the document; an empty one before it would make it a continuation.
+        # The first piece that has text begins the document; after an empty one it would be a continuation.
         return [piece for piece in pieces if piece.text] or pieces[:1]
 
     def _feature(self, example: Example, pieces: list[Piece], encoded: list[EncodedPiece]) -> Feature:
@@ -191,9 +193,9 @@ class HfTokenizer(Component[TokenizerContext, list[Feature]]):
         numbers = [item for item in weight if not isinstance(item, dict)]
         if len(numbers) != num_tokens:
             raise DataError(
-                f"{example.row_id} has {len(numbers)} weights, but prompt and completion have {num_tokens} tokens "
-                "(special tokens not counted)",
-                remedy="give one weight a token of this tokenizer, or weights by character: start, end, weight",
+                f"{example.row_id} has {len(numbers)} weights, but prompt and completion have {num_tokens} "
+                "tokens (special tokens not counted)",
+                remedy="give one weight a token, or weights by character: start, end, weight",
             )
         return numbers
 
