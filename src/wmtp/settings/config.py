@@ -11,7 +11,7 @@ from wmtp.settings.base import Section, Text, Violation, raise_violations
 
 
 class ModelPaths(Section):
-    """Models by role; a directory, a hub id, `builtin:<name>` or `s3://...`; the recipe's `model.*_id` wins."""
+    """Models by role: a directory, a hub id, `builtin:<name>` or `s3://...`. The recipe's ids win."""
 
     base: Text | None = Field(default=None, description="Model to fine-tune.")
     ref: Text | None = Field(default=None, description="Frozen reference model of rho1-wmtp.")

@@ -128,7 +128,7 @@ def _check_schedule(recipe: Recipe) -> Iterator[Violation]:
     elif optim.scheduler == "wsd" and optim.warmup_steps + optim.decay_ratio * max_steps > max_steps:
         yield Violation(
             "optim.decay_ratio",
-            f"leaves no room: warm-up ({optim.warmup_steps} steps) and decay exceed train.max_steps ({max_steps})",
+            f"leaves no room: warm-up ({optim.warmup_steps}) and decay exceed train.max_steps ({max_steps})",
             "lower optim.decay_ratio or optim.warmup_steps",
             ("optim.warmup_steps", "optim.scheduler", "train.max_steps"),
         )

@@ -1,0 +1,112 @@
+"""Values that the schemas know and this version cannot do yet: the one place that says so.
+
+A line goes when its feature arrives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from wmtp.settings.base import Section, Violation
+from wmtp.settings.errors import ConfigError, Problem
+from wmtp.settings.fields import format_value
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True, slots=True)
+class _Unavailable:
+    """A key with the values that are not available, and what to use in their place."""
+
+    key: str
+    is_unavailable: Callable[[Any], bool]
+    instead: str
+
+
+def _among(*values: str) -> Callable[[Any], bool]:
+    """Match these values, and lists that hold one of them."""
+    return lambda value: any(item in values for item in (value if isinstance(value, list) else [value]))
+
+
+def _is_remote(value: Any) -> bool:
+    """Match paths on a remote store."""
+    return isinstance(value, str) and "://" in value and not value.startswith("file://")
+
+
+def _is_set(value: Any) -> bool:
+    """Match anything but null."""
+    return value is not None
+
+
+_LOCAL_PATH = "use a local directory or a hub id"
+
+_TABLE = (
+    _Unavailable("launcher.target", _among("vessl", "slurm", "skypilot"), "use local"),
+    _Unavailable(
+        "launcher.resources.gpus",
+        lambda value: isinstance(value, int) and value > 1,
+        "use 1 (or 0 for CPU only)",
+    ),
+    _Unavailable("devices.strategy", _among("ddp", "fsdp2"), "use auto or single"),
+    _Unavailable("paths.models.base", _is_remote, _LOCAL_PATH),
+    _Unavailable("paths.models.ref", _is_remote, _LOCAL_PATH),
+    _Unavailable("paths.models.rm", _is_remote, _LOCAL_PATH),
+    _Unavailable("paths.output", _is_remote, "use a local directory"),
+    _Unavailable(
+        "mlflow.tracking_uri", lambda value: str(value).startswith("s3://"), "use sqlite or a server"
+    ),
+    _Unavailable("model.base_id", _is_remote, _LOCAL_PATH),
+    _Unavailable("model.ref_id", _is_remote, _LOCAL_PATH),
+    _Unavailable("model.rm_id", _is_remote, _LOCAL_PATH),
+    _Unavailable("model.tokenizer.type", _among("raw"), "use hf"),
+    _Unavailable("model.mtp.head", _among("linear", "medusa", "sequential"), "use transformer"),
+    _Unavailable("model.mtp.adapter", _among("teacher_forcing", "fallback"), "use heads"),
+    _Unavailable("model.mtp.offsets", _is_set, "remove it; heads predict the next 1..horizon tokens"),
+    _Unavailable("model.trainable", _among("heads_only", "heads_then_all"), "use all"),
+    _Unavailable("model.lora", _is_set, "remove it; the whole model is trained"),
+    _Unavailable("rho1.reference", _among("precomputed"), "use online"),
+    _Unavailable("critic.value_head", _is_remote, "use a local path, or null to train one"),
+    _Unavailable("critic.reward.source", _among("reward_model"), "use execution or column"),
+    _Unavailable("critic.reward.granularity", _among("token"), "use sequence"),
+    _Unavailable(
+        "eval.types", _among("exact-match", "self-speculation"), "use meta-mtp, perplexity or token-accuracy"
+    ),
+)
+
+
+def find_unavailable(data: Mapping[str, Any]) -> Iterator[Violation]:
+    """Yield what `data`, a config or a recipe as plain data, asks for and this version cannot do yet."""
+    for row in _TABLE:
+        value = _look_up(data, row.key)
+        if value is not _ABSENT and row.is_unavailable(value):
+            yield Violation(row.key, "is known, but not available in this version yet", row.instead)
+
+
+def require_available(model: Section) -> None:
+    """Raise `ConfigError` where a model built without the loader asks for what is not available yet."""
+    data = model.model_dump()
+    problems = [
+        Problem(
+            type(model).__name__.lower(),
+            None,
+            violation.key,
+            "a section" if isinstance(value := _look_up(data, violation.key), dict) else format_value(value),
+            violation.rule,
+            violation.remedy,
+        )
+        for violation in find_unavailable(data)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _look_up(data: Mapping[str, Any], key: str) -> Any:
+    """Return the value at a dotted key, or `_ABSENT`."""
+    value: Any = data
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return _ABSENT
+        value = value[part]
+    return value
