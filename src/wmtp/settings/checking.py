@@ -99,6 +99,12 @@ def check(document: Document, schema: type[SectionT]) -> Checked[SectionT]:
     checked = Checked(document, schema, data=copy.deepcopy(document.data))
     checked.problems.extend(document.unreadable.values())
     checked.failed.update(_value_path(path) for path in document.unreadable)
+    for path in document.unreadable:
+        is_value = bool(path) and not isinstance(path[-1], int)
+        section = list_fields(schema).get(dotted(path[:-1]))
+        is_in_section = len(path) == 1 or (section is not None and section.section is not None)
+        if is_value and is_in_section and dotted(path) not in list_fields(schema):
+            checked.add(path, *explain_unknown_key(dotted(path), schema))
     model = _validate_what_is_right(checked)
     for violation in find_unavailable(checked.data):
         checked.report(violation)

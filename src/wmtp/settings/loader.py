@@ -153,7 +153,7 @@ def _find_joint_violations(
         for source in [] if recipe.has_failed([key]) else recipe.value_at(key):
             fault = explain_source(source, paths)
             if fault is not None and not config.has_failed([f"paths.datasets.{source}"]):
-                yield recipe, Violation(key, f"names {source}: {fault[0]}", fault[1])
+                yield recipe, Violation(key, f"cannot use {source}: {fault[0]}", fault[1])
 
 
 def _sorted(problems: list[Problem], files: list[str]) -> list[Problem]:

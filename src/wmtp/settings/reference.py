@@ -12,8 +12,8 @@ from wmtp.settings.recipe import Recipe
 _INTRODUCTION = """\
 # Settings
 
-Two YAML files: the **config** says where a run happens, the **recipe** says what is run. This page is made from
-the schemas by `wmtp.settings.render_reference`; `wmtp schema` prints the same as JSON schema.
+Two YAML files: the **config** says where a run happens, the **recipe** says what is run. This page is
+made from the schemas by `wmtp.settings.render_reference`; `wmtp schema` prints the same as JSON schema.
 
 - `${NAME}` and `${NAME:-default}` in a value are taken from the environment; write `$${` for a plain `${`.
 - `--set section.key=value` on the command line wins over the files; the value is read as YAML.

@@ -77,6 +77,6 @@ def explain_source(source: str, paths: dict[str, str | None]) -> tuple[str, str]
     near = difflib.get_close_matches(source, DATASET_NAMES, n=1)
     known = ", ".join(DATASET_NAMES)
     return (
-        "is not the name of a dataset",
+        "no dataset has that name",
         f"did you mean {near[0]}?" if near else f"use one of {known}, or a path such as data/rows.jsonl",
     )

@@ -219,7 +219,9 @@ def parse_value(
         # Only the description is used, without names: PyYAML's excerpt of the line could show a secret.
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark is not None else 1
-        problem = re.sub(r"'(?!<)[^']{4,}'", "", error.problem or error.context or "").strip()
+        problem = error.problem or error.context or ""
+        if any(word in problem for word in ("alias", "anchor", "tag")):
+            problem = problem.split("'")[0].strip()
         return reader.fail(path, line, f"is not valid YAML: {problem}", _syntax_remedy(text, line))
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
