@@ -1,8 +1,8 @@
 """The shape of every component: built from its settings, set up once, then run.
 
-A component's constructor takes its settings and nothing else. What it works on (models, batches, folders) arrives in a
-context: a dataclass of its kind, defined beside the component, so that a missing piece is a type error and not a
-`KeyError` an hour into a run.
+A component's constructor takes its settings and nothing else. What it works on (models, batches, folders)
+arrives in a context: a dataclass of its kind, defined beside the component, so that a missing piece is a type
+error and not a `KeyError` an hour into a run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ResultT = TypeVar("ResultT")
 class Component(ABC, Generic[ContextT, ResultT]):
     """One replaceable part of a run."""
 
-    def setup(self, context: ContextT) -> None:  # noqa: B027 - most components have nothing to prepare
+    def setup(self, context: ContextT) -> None:
         """Prepare what `run` needs; called once, before the first `run`."""
 
     @abstractmethod

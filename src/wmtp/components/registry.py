@@ -5,9 +5,9 @@ A component registers itself where it is defined:
     @trainer_registry.register("baseline-mtp", version="1.0.0", description="uniform weights")
     class BaselineMtpTrainer(...): ...
 
-`registry.register("my-key", category="collator")(MyCollator)` is the same thing said at length. Built-in components are
-imported when their category is first asked for; third parties add theirs by an entry point of the group
-`wmtp.components`, whose value is a module that registers on import.
+`registry.register("my-key", category="collator")(MyCollator)` is the same thing said at length. Built-in
+components are imported when their category is first asked for; third parties add theirs by an entry point of
+the group `wmtp.components`, whose value is a module that registers on import.
 """
 
 from __future__ import annotations

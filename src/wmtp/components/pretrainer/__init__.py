@@ -1,0 +1,17 @@
+"""What is trained before the model: the critic's value head."""
+
+from wmtp.components.pretrainer.critic_head import CriticHeadPretrainer, PretrainedCritic, PretrainerContext
+from wmtp.components.pretrainer.programs import LabelledProgram, collect_programs, sample_rollouts
+from wmtp.components.pretrainer.quality import CriticQuality, RewardedPrograms, measure_critic
+
+__all__ = [
+    "CriticHeadPretrainer",
+    "CriticQuality",
+    "LabelledProgram",
+    "PretrainedCritic",
+    "PretrainerContext",
+    "RewardedPrograms",
+    "collect_programs",
+    "measure_critic",
+    "sample_rollouts",
+]

@@ -1,0 +1,46 @@
+"""The small model that comes with the package: a seeded, untrained Llama for MicroCode."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from wmtp.evaluation.microcode import build_tokenizer
+
+MICRO_LLAMA: Final = "builtin:micro-llama"
+# Trained from MICRO_LLAMA by the training pipeline on first use.
+MICRO_BASE: Final = "builtin:micro-base"
+MICRO_REFERENCE: Final = "builtin:micro-reference"
+
+MICRO_LLAMA_SEED: Final = 0
+
+
+def build_micro_llama(seed: int = MICRO_LLAMA_SEED) -> LlamaForCausalLM:
+    """Build the model: about 1 M parameters, 4 layers, at most 512 tokens; the same weights for the same seed.
+
+    The global random state is left as it was.
+    """
+    tokenizer = micro_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def micro_tokenizer() -> PreTrainedTokenizerBase:
+    """The tokenizer of the built-in models."""
+    return build_tokenizer()

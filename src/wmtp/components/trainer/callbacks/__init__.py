@@ -1,0 +1,19 @@
+"""Everything a training run does besides training: each a callback of its own."""
+
+from wmtp.components.trainer.callbacks.base import Callback
+from wmtp.components.trainer.callbacks.checkpointing import CheckpointCallback
+from wmtp.components.trainer.callbacks.finite import FiniteCallback
+from wmtp.components.trainer.callbacks.metrics import MetricsCallback
+from wmtp.components.trainer.callbacks.progress import ProgressCallback
+from wmtp.components.trainer.callbacks.signals import SignalCallback
+from wmtp.components.trainer.callbacks.validation import ValidationCallback
+
+__all__ = [
+    "Callback",
+    "CheckpointCallback",
+    "FiniteCallback",
+    "MetricsCallback",
+    "ProgressCallback",
+    "SignalCallback",
+    "ValidationCallback",
+]

@@ -1,0 +1,37 @@
+"""Losses on held-out data while training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from wmtp.components.trainer.callbacks.base import Callback
+from wmtp.tracking import Tracker
+
+if TYPE_CHECKING:
+    from wmtp.components.trainer.base import TrainingRun
+    from wmtp.components.trainer.step import StepResult
+
+
+class ValidationCallback(Callback):
+    """Logs `val/loss` and `val/ce_head_{h}` every `every_steps` updates and after the last."""
+
+    def __init__(self, measure: Callable[[], dict[str, float]], tracker: Tracker, every_steps: int) -> None:
+        self.measure = measure
+        self.tracker = tracker
+        self.every_steps = every_steps
+        self._last_step = -1
+
+    def on_step_end(self, run: TrainingRun, result: StepResult) -> None:
+        """Measure when it is time."""
+        if run.step % self.every_steps == 0:
+            self._validate(run)
+
+    def on_train_end(self, run: TrainingRun) -> None:
+        """Measure the finished model, unless the last step just did."""
+        if run.stop_reason is None and self._last_step != run.step:
+            self._validate(run)
+
+    def _validate(self, run: TrainingRun) -> None:
+        self._last_step = run.step
+        self.tracker.log_metrics(self.measure(), run.step)

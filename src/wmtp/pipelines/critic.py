@@ -1,0 +1,150 @@
+"""Stage 1 of `critic-wmtp`: rewarded programs, a value head, and how good it is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from wmtp.components.pretrainer import (
+    CriticQuality,
+    LabelledProgram,
+    PretrainerContext,
+    RewardedPrograms,
+    collect_programs,
+    measure_critic,
+    sample_rollouts,
+)
+from wmtp.components.tokenizer import HfTokenizer
+from wmtp.components.trainer.base import autocast_factory
+from wmtp.exceptions import UserInputError
+from wmtp.factory import ComponentFactory
+from wmtp.modeling import MTPModel, ValueHead
+from wmtp.pipelines.data import PreparedData
+from wmtp.pipelines.environment import Environment
+from wmtp.settings import Recipe
+
+logger = logging.getLogger(__name__)
+
+_MEASURE_BATCH_SIZE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Critic:
+    """A value head and the held-out programs it is measured on.
+
+    Attributes:
+        value_head: on the run's device.
+        holdout: programs neither stage trains the value head on.
+        quality: as measured before stage 2; None for an untrained head of a dry run.
+        programs: all rewarded programs.
+    """
+
+    value_head: ValueHead
+    holdout: RewardedPrograms
+    quality: CriticQuality | None
+    programs: list[LabelledProgram]
+
+
+def prepare_critic(
+    recipe: Recipe,
+    environment: Environment,
+    model: MTPModel,
+    tokenizer: HfTokenizer,
+    data: PreparedData,
+    *,
+    unsafe_execution: bool,
+    save_to: Path,
+    on_step: Callable[[int, float], None] | None,
+) -> Critic:
+    """Reward programs, then train a value head on them, or load the one the recipe names.
+
+    The rewards of training programs also go to the features of `data`, for the auxiliary value loss of stage 2;
+    held-out programs get none.
+    """
+    examples = list(data.examples.values())
+    programs = collect_programs(examples, recipe, unsafe_execution=unsafe_execution)
+    programs += sample_rollouts(model, tokenizer, examples, recipe, unsafe_execution=unsafe_execution)
+    train, holdout = _split_by_prompt(programs, recipe)
+    _reward_features(data, train)
+    autocast = autocast_factory(environment.device, environment.precision)
+    holdout_programs = _tokenize(holdout, tokenizer)
+    if recipe.critic.value_head is None:
+        context = PretrainerContext(
+            model=model,
+            train=_tokenize(train, tokenizer),
+            holdout=holdout_programs,
+            collator=data.collator,
+            device=environment.device,
+            autocast=autocast,
+            on_step=on_step,
+        )
+        pretrained = ComponentFactory.create_pretrainer(recipe).run(context)
+        value_head, quality = pretrained.value_head, pretrained.quality
+    else:
+        value_head = ValueHead.load(model, Path(recipe.critic.value_head)).to(environment.device)
+        quality = measure_critic(
+            model,
+            value_head,
+            holdout_programs,
+            collator=data.collator,
+            batch_size=_MEASURE_BATCH_SIZE,
+            device=environment.device,
+            autocast=autocast,
+        )
+    value_head.save(save_to)
+    return Critic(value_head, holdout_programs, quality, programs)
+
+
+def critic_measurement(
+    critic: Critic, model: MTPModel, data: PreparedData, environment: Environment
+) -> Callable[[], CriticQuality]:
+    """A function that measures the critic with the model as it is when called."""
+    autocast = autocast_factory(environment.device, environment.precision)
+
+    def measure() -> CriticQuality:
+        return measure_critic(
+            model,
+            critic.value_head,
+            critic.holdout,
+            collator=data.collator,
+            batch_size=_MEASURE_BATCH_SIZE,
+            device=environment.device,
+            autocast=autocast,
+        )
+
+    return measure
+
+
+def _split_by_prompt(
+    programs: list[LabelledProgram], recipe: Recipe
+) -> tuple[list[LabelledProgram], list[LabelledProgram]]:
+    """Training and held-out programs; those of one prompt stay on one side."""
+    prompts = sorted({program.example.prompt for program in programs})
+    generator = np.random.Generator(np.random.PCG64([recipe.train.seed, len(prompts), 2]))
+    num_held_out = max(1, round(recipe.critic.pretrain.holdout_ratio * len(prompts)))
+    held_out = {prompts[index] for index in generator.permutation(len(prompts))[:num_held_out]}
+    train = [program for program in programs if program.example.prompt not in held_out]
+    holdout = [program for program in programs if program.example.prompt in held_out]
+    if not train:
+        raise UserInputError(
+            f"all {len(programs)} rewarded programs share one prompt, so none can be held out",
+            remedy="train on data with several prompts, or name a trained critic.value_head",
+        )
+    return train, holdout
+
+
+def _tokenize(programs: list[LabelledProgram], tokenizer: HfTokenizer) -> RewardedPrograms:
+    features = tokenizer.tokenize_dataset([program.example for program in programs])
+    is_right = {program.example.row_id: program.is_right for program in programs}
+    return RewardedPrograms(features, [is_right[feature["row_id"]] for feature in features])
+
+
+def _reward_features(data: PreparedData, programs: list[LabelledProgram]) -> None:
+    """Give the training features the rewards that are known and not held out, and no others."""
+    rewards = {program.example.row_id: program.example.reward for program in programs}
+    for feature in data.features:
+        feature["reward"] = rewards.get(feature["row_id"])

@@ -1,0 +1,125 @@
+"""From the recipe's `data` section to micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from wmtp.components.data import Batch, BatchPlan, Example, Feature, TrainingData, evaluation_batches
+from wmtp.components.data.batching import Collator
+from wmtp.components.tokenizer import HfTokenizer
+from wmtp.evaluation import Task
+from wmtp.exceptions import DataError
+from wmtp.factory import ComponentFactory, padding_multiple
+from wmtp.settings import Config, Recipe
+
+# Share of the training rows held out for validation where data.eval.sources is empty and a source has no
+# validation split of its own.
+_HOLDOUT_SHARE = 0.05
+
+
+@dataclass(slots=True)
+class PreparedData:
+    """Everything a run reads.
+
+    Attributes:
+        examples: training examples by `row_id`.
+        features: the training examples tokenised, those that were too long left out.
+        validation: tokenised examples that are not trained on.
+        collator: makes batches of features.
+    """
+
+    examples: dict[str, Example]
+    features: list[Feature]
+    validation: list[Feature]
+    collator: Collator
+    recipe: Recipe
+
+    def training_data(self) -> TrainingData:
+        """The endless sequence of training micro-batches."""
+        train = self.recipe.data.train
+        plan = BatchPlan(
+            [len(feature["input_ids"]) for feature in self.features],
+            batch_size=train.batch_size,
+            max_length=train.max_length,
+            seed=self.recipe.train.seed,
+            shuffle=train.shuffle,
+            pack=train.pack_sequences,
+            max_tokens_per_batch=train.max_tokens_per_batch,
+            pad_to_multiple_of=padding_multiple(train),
+        )
+        return TrainingData(self.features, plan, self.collator, num_workers=train.num_workers)
+
+    def validation_batches(self) -> Iterator[Batch]:
+        """Every validation example once."""
+        return evaluation_batches(self.validation, self.collator, self.recipe.data.eval.batch_size)
+
+
+def dataset_path(name: str, config: Config) -> str:
+    """The path behind a name of `paths.datasets`; anything else is a path itself.
+
+    Raises:
+        DataError: the name is one of `paths.datasets`, but no path is set there.
+    """
+    named: dict[str, str | None] = dict(config.paths.datasets)
+    if name not in named:
+        return name
+    path = named[name]
+    if path is None:
+        raise DataError(
+            f"dataset {name!r} is used by the recipe, but paths.datasets.{name} is not set",
+            remedy=f"set paths.datasets.{name} in the config, or pass --set paths.datasets.{name}=PATH",
+        )
+    return path
+
+
+def prepare_data(
+    config: Config, recipe: Recipe, tokenizer: HfTokenizer, metadata: dict[str, Any]
+) -> PreparedData:
+    """Load and tokenise training and validation examples.
+
+    Raises:
+        DataError: a source is missing, empty or has a bad row; the message names file and line.
+    """
+    loader = ComponentFactory.create_data_loader(recipe, config)
+    train, held_out = [], []
+    for source in recipe.data.train.sources:
+        examples = loader.load(dataset_path(source, config), split="train")
+        train.extend(examples)
+    for source in recipe.data.eval.sources:
+        held_out.extend(
+            loader.load(
+                dataset_path(source, config), split="validation", limit=recipe.data.eval.max_examples
+            )
+        )
+    if not recipe.data.eval.sources:
+        num_held_out = min(int(_HOLDOUT_SHARE * len(train)), recipe.data.eval.max_examples)
+        train, held_out = train[num_held_out:], train[:num_held_out]
+    return PreparedData(
+        examples={example.row_id: example for example in train},
+        features=tokenizer.tokenize_dataset(train),
+        validation=tokenizer.tokenize_dataset(held_out[: recipe.data.eval.max_examples]),
+        collator=ComponentFactory.create_collator(recipe, config, tokenizer.tokenizer, metadata),
+        recipe=recipe,
+    )
+
+
+def evaluation_tasks(config: Config, recipe: Recipe) -> dict[str, list[Task]]:
+    """The tasks of every dataset of `eval.datasets`, at most `eval.max_problems` each.
+
+    Raises:
+        DataError: a dataset is missing, or its rows carry no tests.
+    """
+    loader = ComponentFactory.create_data_loader(recipe, config)
+    tasks = {}
+    for name in recipe.eval.datasets:
+        examples = loader.load(dataset_path(name, config), split="test", limit=recipe.eval.max_problems)
+        with_tests = [example.task for example in examples if example.task is not None]
+        if not with_tests:
+            raise DataError(
+                f"dataset {name!r} has no rows with tests, so pass@k cannot be measured on it",
+                remedy="take it out of eval.datasets, or use mbpp, humaneval or microcode rows",
+            )
+        tasks[name] = with_tests
+    return tasks
