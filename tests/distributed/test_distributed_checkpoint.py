@@ -162,7 +162,7 @@ def test_the_newest_valid_one_is_found_and_skipped_ones_are_named(tmp_path: Path
     assert set(reasons) == {"step-30", "step-40", "step-50"}
     assert "SHA-256" in reasons["step-30"]
     assert "manifest.json" in reasons["step-40"]
-    assert "not finished" in reasons["step-50"]
+    assert "did not finish" in reasons["step-50"]
 
 
 def test_no_folder_and_an_empty_folder_have_no_checkpoint(tmp_path: Path) -> None:
