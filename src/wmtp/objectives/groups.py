@@ -94,6 +94,12 @@ def masked_scores(scores: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(mask, wide, 0.0), mask
 
 
+def as_one_group(scores: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """`masked_scores` as one row of `LastDimGroups`: [1, N] each, whatever the shape."""
+    masked, mask = masked_scores(scores, valid)
+    return masked.reshape(1, -1), mask.reshape(1, -1)
+
+
 def max_over(groups: Groups, values: Tensor, valid: Tensor) -> Tensor:
     """Largest valid value of each group; 0 for a group without valid members."""
     largest = groups.max(torch.where(valid, values, -torch.inf))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wmtp.exceptions import UserInputError
-from wmtp.objectives.groups import LastDimGroups, count_over, masked_scores, max_over, min_over
+from wmtp.objectives.groups import LastDimGroups, as_one_group, count_over, masked_scores, max_over, min_over
 from wmtp.objectives.weights import (
     check_bounds,
     check_temperature,
@@ -69,7 +69,7 @@ def score_statistics(
     if not 0 <= decay < 1:
         raise UserInputError(f"decay is {decay}, but must be at least 0 and below 1")
     groups = LastDimGroups()
-    masked, mask = masked_scores(scores.reshape(1, -1), valid.reshape(1, -1))
+    masked, mask = as_one_group(scores, valid)
     keep = torch.where(mask.any(), 0.0 if previous is None else decay, 1.0)
     before = previous or ScoreStatistics(*(masked.new_zeros(()) for _ in range(3)))
     # deviations are squared after division by max|s|, as in the pipeline itself

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wmtp.exceptions import UserInputError
-from wmtp.objectives.groups import LastDimGroups, masked_scores
+from wmtp.objectives.groups import LastDimGroups, as_one_group, masked_scores
 from wmtp.objectives.weights import (
     check_temperature,
     clip_to_mean_one,
@@ -31,7 +31,7 @@ def select_top(scores: Tensor, valid: Tensor, num_selected: Tensor) -> Tensor:
         valid: same shape, bool.
         num_selected: integer scalar, on any device.
     """
-    masked, mask = masked_scores(scores.reshape(-1), valid.reshape(-1))
+    masked, mask = (tensor.reshape(-1) for tensor in masked_scores(scores, valid))
     # a stable sort keeps equal scores in index order; invalid entries come last
     order = torch.where(mask, masked, -torch.inf).sort(descending=True, stable=True).indices
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
@@ -73,7 +73,7 @@ def weighted_excess_weights(
     if not 0 <= alpha <= 1:
         raise UserInputError(f"alpha is {alpha}, but must be in [0, 1]", remedy="0 means no floor")
     groups = LastDimGroups()
-    masked, mask = masked_scores(scores.reshape(1, -1), valid.reshape(1, -1))
+    masked, mask = as_one_group(scores, valid)
     z, is_constant = standardize(masked, mask, groups)
     is_selected = select_top(masked, mask, num_selected(mask, percentile_top_p))
     threshold = torch.where(is_selected, z, torch.inf).amin()

@@ -16,6 +16,7 @@ from wmtp.objectives.groups import (
     DocumentGroups,
     Groups,
     LastDimGroups,
+    as_one_group,
     count_over,
     masked_scores,
     max_over,
@@ -53,7 +54,7 @@ def normalize_weights(
     """
     check_temperature(temperature)
     weights = _weights_from_scores(
-        *masked_scores(scores.reshape(1, -1), valid.reshape(1, -1)),
+        *as_one_group(scores, valid),
         LastDimGroups(),
         temperature,
         epsilon,
@@ -171,7 +172,7 @@ def weight_statistics(weights: Tensor, valid: Tensor) -> dict[str, Tensor]:
     Args:
         weights, valid: any shape, the same.
     """
-    masked, mask = masked_scores(weights.reshape(1, -1), valid.reshape(1, -1))
+    masked, mask = as_one_group(weights, valid)
     groups = LastDimGroups()
     num_valid = count_over(groups, mask)
     mean = groups.sum(masked) / num_valid
