@@ -1,7 +1,17 @@
 """The MTP model: a Hugging Face causal language model with heads for the tokens after the next."""
 
+from wmtp.modeling.flops import flops_per_token
 from wmtp.modeling.hidden_states import extract_hidden_states
 from wmtp.modeling.mtp_model import MTPModel
 from wmtp.modeling.outputs import LayerArguments, MTPOutput, TrunkOutput
+from wmtp.modeling.value_head import ValueHead
 
-__all__ = ["LayerArguments", "MTPModel", "MTPOutput", "TrunkOutput", "extract_hidden_states"]
+__all__ = [
+    "LayerArguments",
+    "MTPModel",
+    "MTPOutput",
+    "TrunkOutput",
+    "ValueHead",
+    "extract_hidden_states",
+    "flops_per_token",
+]

@@ -10,11 +10,10 @@ predicts token t+h+1.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +23,16 @@ from wmtp.exceptions import ModelLoadError, UserInputError
 from wmtp.modeling import probe
 from wmtp.modeling.outputs import LayerArguments, MTPOutput, TrunkOutput
 from wmtp.modeling.packing import plan_attention
+from wmtp.modeling.pretrained import load_mtp_model, save_mtp_model
 from wmtp.modeling.state_dict import drop_tied_copies, restore_tied_copies
-from wmtp.modeling.structure import find_decoder_parts, find_logit_transform
-
-HeadForm = Literal["transformer"]
-Adapter = Literal["heads"]
-HEAD_FORMS = ("transformer",)
-ADAPTERS = ("heads",)
+from wmtp.modeling.structure import (
+    Adapter,
+    HeadForm,
+    check_head_options,
+    copy_last_layer,
+    find_decoder_parts,
+    find_logit_transform,
+)
 
 
 class MTPModel(nn.Module):
@@ -76,8 +78,7 @@ class MTPModel(nn.Module):
             ModelLoadError: the model is not a decoder-only causal language model of a known structure.
         """
         check_head_options(horizon, head, adapter)
-        last_layer = find_decoder_parts(causal_lm).layers[-1]
-        return cls(causal_lm, nn.ModuleList(copy.deepcopy(last_layer) for _ in range(horizon - 1)))
+        return cls(causal_lm, copy_last_layer(causal_lm, horizon - 1))
 
     @classmethod
     def from_pretrained(
@@ -105,8 +106,6 @@ class MTPModel(nn.Module):
             ModelLoadError: files missing, unreadable or not fitting; the message names file and tensor.
             UserInputError: a horizon, head form or adapter that cannot be.
         """
-        from wmtp.modeling.pretrained import load_mtp_model
-
         causal_lm, extra_heads = load_mtp_model(
             path,
             horizon=horizon,
@@ -130,8 +129,6 @@ class MTPModel(nn.Module):
         `metadata`), from which `from_pretrained` gets all heads back bit for bit. Not atomic; publish the
         directory yourself.
         """
-        from wmtp.modeling.pretrained import save_mtp_model
-
         save_mtp_model(self, Path(path), tokenizer=tokenizer, metadata=metadata)
 
     # ---------------------------------------------------------------- forward
@@ -194,12 +191,11 @@ class MTPModel(nn.Module):
 
     def run_head(self, head: int, trunk: TrunkOutput) -> Tensor:
         """Run one head on the trunk: its decoder layer, then the shared final norm. Returns [B,S,D]."""
-        parts = self._parts
-        layer = parts.layers[-1] if head == 0 else self.extra_heads[head - 1]
+        layer = self.last_layer if head == 0 else self.extra_heads[head - 1]
         arguments = trunk.layer_arguments
         output = layer(trunk.trunk_BSD, *arguments.positional, **arguments.keyword)
         hidden_BSD = output[0] if isinstance(output, tuple) else output
-        normed_BSD: Tensor = parts.final_norm(hidden_BSD)
+        normed_BSD: Tensor = self.final_norm(hidden_BSD)
         return normed_BSD
 
     def unembed(self, hidden: Tensor) -> Tensor:
@@ -236,7 +232,7 @@ class MTPModel(nn.Module):
         """
         tokens = probe.probe_tokens(self._vocab_size, self.device)
         returns_tuple: list[bool] = []
-        handle = self._parts.layers[-1].register_forward_hook(
+        handle = self.last_layer.register_forward_hook(
             lambda _module, _inputs, output: returns_tuple.append(isinstance(output, tuple))
         )
         try:
@@ -246,8 +242,11 @@ class MTPModel(nn.Module):
             handle.remove()
         self._layer_returns_tuple = returns_tuple[0]
         with probe.evaluating(self):
-            actual_BSV = self.unembed(self.run_head(0, self._run_trunk(tokens, None, None)))
-        if probe.differs(actual_BSV, expected_BSV):
+            hidden_BSD = self.run_head(0, self._run_trunk(tokens, None, None))
+            is_understood = hidden_BSD.shape[-1] == self.hidden_size and not probe.differs(
+                self.unembed(hidden_BSD), expected_BSV
+            )
+        if not is_understood:
             raise ModelLoadError(
                 f"{type(self.causal_lm).__name__} changes its hidden states or logits after the last decoder "
                 "layer in a way that heads could not repeat",
@@ -309,6 +308,16 @@ class MTPModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the unembedding."""
         return self.unembedding_VD.dtype
+
+    @property
+    def last_layer(self) -> nn.Module:
+        """Decoder layer of head 0: the wrapped model's own last one."""
+        return self._parts.layers[-1]
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """Norm between every head and the unembedding."""
+        return self._parts.final_norm
 
     @property
     def unembedding_VD(self) -> Tensor:
@@ -378,17 +387,3 @@ class _LastLayerRecorder(nn.Module):
         if self._recorded is None:
             raise ModelLoadError("the wrapped model did not run its last decoder layer")
         return self._recorded
-
-
-def check_head_options(horizon: int, head: str, adapter: str) -> None:
-    """Refuse a horizon below 1 and unknown head forms and adapters.
-
-    Raises:
-        UserInputError: with the value and what is possible.
-    """
-    if horizon < 1:
-        raise UserInputError(f"horizon is {horizon}", remedy="choose at least 1 (1 is next-token prediction)")
-    if head not in HEAD_FORMS:
-        raise UserInputError(f"unknown head form {head!r}", remedy=f"choose one of: {', '.join(HEAD_FORMS)}")
-    if adapter not in ADAPTERS:
-        raise UserInputError(f"unknown adapter {adapter!r}", remedy=f"choose one of: {', '.join(ADAPTERS)}")
