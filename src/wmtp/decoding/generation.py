@@ -10,13 +10,13 @@ Shapes: B rows still running, P padded prompt length, T new tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from wmtp.decoding.sampling import SamplingSettings, choose_tokens, position_uniforms
@@ -34,15 +34,18 @@ class DecoderProtocol(Protocol):
     """What generation needs of a model; any Hugging Face decoder-only causal language model has it."""
 
     config: Any
-    training: bool
 
     @property
     def device(self) -> torch.device:
         """Where the model's inputs go."""
         ...
 
-    def train(self, mode: bool = True) -> Any:
-        """Switch dropout on or off."""
+    def modules(self) -> Iterator[nn.Module]:
+        """Return all submodules and the model itself."""
+        ...
+
+    def eval(self) -> Any:
+        """Switch dropout off."""
         ...
 
     def __call__(self, **inputs: Any) -> Any:
@@ -151,14 +154,15 @@ def generate(
     # Like lengths together waste little padding; the longest first shows at once whether memory suffices.
     runnable = sorted((row for row in rows if row.max_new_tokens >= 1), key=lambda row: -len(row.prompt_ids))
     finder = StopFinder(tokenizer, eos_token_ids, stop)
-    was_training = model.training
-    model.train(False)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
         for start in range(0, len(runnable), batch_size):
             batch = runnable[start : start + batch_size]
             _generate_batch(model, batch, settings, seed, finder, context_length, finish)
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
     return [generation for generation in results if generation is not None]
 
 
