@@ -52,7 +52,7 @@ class PieceEncoder:
         bos = tokenizer.bos_token_id
         self.bos_token_id: int | None = bos if bos is not None and probe_ids[:1] == [bos] else None
         self.eos_token_id: int | None = tokenizer.eos_token_id
-        # SentencePiece tokenizers put a blank before every text. In the middle of a document it would be real:
+        # SentencePiece tokenizers put a blank before every text. Inside a document it would be a real one:
         # the completion of an indented line would be learned, and generated, with one blank too many.
         plain_ids = self._encode(["x"])[0].input_ids
         self._adds_blank = tokenizer.decode(plain_ids * 2, clean_up_tokenization_spaces=False) != "xx"
