@@ -1,0 +1,15 @@
+"""Running untrusted programs: `run_program`, `run_programs`, `check_sandbox`."""
+
+from wmtp.execution.pool import check_sandbox, run_program, run_programs
+from wmtp.execution.results import Isolation, ProgramJob, ProgramResult, SandboxStatus, Status
+
+__all__ = [
+    "Isolation",
+    "ProgramJob",
+    "ProgramResult",
+    "SandboxStatus",
+    "Status",
+    "check_sandbox",
+    "run_program",
+    "run_programs",
+]

@@ -1,0 +1,289 @@
+"""The library's side: a pool of workers, each a supervisor process that runs one program at a time."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import itertools
+import math
+import os
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import wmtp
+from wmtp.exceptions import SandboxUnavailableError, UserInputError
+from wmtp.execution.layout import sandbox_layout
+from wmtp.execution.results import Isolation, ProgramJob, ProgramResult, SandboxStatus
+from wmtp.execution.seccomp import build_filter
+from wmtp.execution.supervisor import read_frame, write_frame
+
+User = Literal["own", "mapped"]
+MIN_MEMORY_MIB = 64
+_MARGIN_S = 60.0  # beyond a program's own time limit, before a supervisor that does not answer is given up
+_START = "import sys; sys.path.insert(0, sys.argv.pop()); from wmtp.execution.supervisor import main; main()"
+
+
+class _WorkerLostError(Exception):
+    """The supervisor ended or does not answer."""
+
+
+class _Worker:
+    """One supervisor process. Used by one thread at a time."""
+
+    def __init__(self, isolation: Isolation, *, user: User, has_filter: bool) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", "-c", _START, str(Path(wmtp.__file__).parents[1])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # an interrupt from the keyboard is handled here, not there
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        layout = sandbox_layout() if isolation == "bubblewrap" else {}
+        config = {"isolation": isolation, "user": user, "has_filter": has_filter}
+        write_frame(self._stdin, config | {"layout": layout, "python": sys.executable})
+
+    def run(self, job: ProgramJob) -> dict[str, Any]:
+        """Run one job; raises `_WorkerLostError` when the supervisor is of no use any more."""
+        try:
+            write_frame(self._stdin, asdict(job))
+            ready = select.poll()
+            ready.register(self._stdout, select.POLLIN)
+            if not ready.poll((2 * job.timeout_s + _MARGIN_S) * 1000):
+                raise _WorkerLostError("the supervisor does not answer")
+            answer = read_frame(self._stdout)
+        except OSError as error:
+            raise _WorkerLostError(str(error)) from error
+        if answer is None:
+            raise _WorkerLostError(f"the supervisor ended with status {self._process.wait()}")
+        return answer
+
+    def close(self) -> None:
+        """End the supervisor and all below it."""
+        with contextlib.suppress(OSError):
+            self._stdin.close()
+        try:
+            self._process.wait(5.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._stdout.close()
+
+
+class _Pool:
+    """Idle workers, kept warm; as many may be busy as there are threads that ask."""
+
+    def __init__(self, isolation: Isolation, *, user: User, has_filter: bool) -> None:
+        self._start_worker = functools.partial(_Worker, isolation, user=user, has_filter=has_filter)
+        self._idle: list[_Worker] = []
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
+
+    def run(self, job: ProgramJob) -> ProgramResult:
+        """Run one job on an idle worker, or on a new one."""
+        with self._lock:
+            worker = self._idle.pop() if self._idle else None
+        if worker is None:
+            worker = self._start_worker()
+        try:
+            answer = worker.run(job)
+        except BaseException:
+            worker.close()
+            raise
+        with self._lock:
+            self._idle.append(worker)
+        if "infrastructure" in answer:
+            raise SandboxUnavailableError(answer["infrastructure"], remedy=_remedy(answer["infrastructure"]))
+        return ProgramResult(passed=answer["status"] == "passed", **answer)
+
+    def close(self) -> None:
+        """End all idle workers. A forked child leaves its parent's workers alone."""
+        with self._lock:
+            workers, self._idle = self._idle, []
+        if self._owner == os.getpid():
+            for worker in workers:
+                worker.close()
+
+    def forget(self) -> None:
+        """Drop the workers of the parent process after a fork."""
+        self._idle = []
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
+
+
+_lock = threading.RLock()
+_pools: dict[Isolation, _Pool] = {}
+_status: SandboxStatus | None = None
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()
+    for pool in _pools.values():
+        pool.forget()
+
+
+def _close_pools() -> None:
+    for pool in _pools.values():
+        pool.close()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_close_pools)
+
+
+def check_sandbox() -> SandboxStatus:
+    """Start the sandbox once and say whether it works; the answer is kept for the life of the process."""
+    global _status
+    with _lock:
+        if _status is None:
+            _status = _probe()
+        return _status
+
+
+def _probe() -> SandboxStatus:
+    problem = None
+    # Preferred first. Root inside a container often may not mount, but may make user namespaces like anybody;
+    # a kernel without seccomp still has the namespaces.
+    users: list[User] = ["own", "mapped"] if os.geteuid() == 0 else ["mapped"]
+    for has_filter, user in itertools.product((True, False), users):
+        pool = _Pool("bubblewrap", user=user, has_filter=has_filter)
+        try:
+            result = pool.run(
+                ProgramJob(source="def ping(): return 1", tests="assert ping() == 1", timeout_s=30.0)
+            )
+        except (SandboxUnavailableError, _WorkerLostError, OSError, subprocess.SubprocessError) as error:
+            problem = problem or error
+            pool.close()
+            continue
+        if not result.passed:
+            pool.close()
+            raise RuntimeError(f"the sandbox runs but its first program did not pass: {result}")
+        _pools["bubblewrap"] = pool
+        kind = "bubblewrap+seccomp" if has_filter and build_filter(allow_processes=False) else "bubblewrap"
+        return SandboxStatus(available=True, kind=kind)
+    reason = problem.message if isinstance(problem, SandboxUnavailableError) else str(problem)
+    remedy = problem.remedy if isinstance(problem, SandboxUnavailableError) else None
+    return SandboxStatus(available=False, kind="none", reason=reason, remedy=remedy or _remedy(reason))
+
+
+def _remedy(reason: str) -> str:
+    if "Operation not permitted" in reason or "Permission denied" in reason or "namespace" in reason:
+        return (
+            "allow unprivileged user namespaces (in a container: run it with a seccomp and AppArmor profile that permits "
+            "them; on Ubuntu: sysctl kernel.apparmor_restrict_unprivileged_userns=0), or accept the risk with "
+            "--unsafe-execution"
+        )
+    return "see the reason; or accept the risk with --unsafe-execution"
+
+
+def _pool_for(*, unsafe: bool) -> _Pool:
+    status = check_sandbox()
+    if status.available:
+        return _pools["bubblewrap"]
+    if not unsafe:
+        raise SandboxUnavailableError(f"no sandbox works here: {status.reason}", remedy=status.remedy)
+    with _lock:
+        return _pools.setdefault("process-limits", _Pool("process-limits", user="mapped", has_filter=False))
+
+
+def run_program(
+    source: str,
+    *,
+    tests: str | None = None,
+    setup: str = "",
+    stdin: str = "",
+    timeout_s: float = 10.0,
+    memory_mib: int = 512,
+    stop_at_failure: bool = True,
+    unsafe: bool = False,
+) -> ProgramResult:
+    """Run one untrusted program in a sandbox and judge it. May be called from several threads.
+
+    Args:
+        source: the program.
+        tests: source of asserts, run on the trusted side; names it does not define itself are the program's.
+            Without tests the program runs as a script and passed means only that it ended with exit status 0.
+        setup: helpers for the tests, run before them on the trusted side.
+        stdin: what the program can read.
+        timeout_s: wall-clock limit of the whole run, seconds.
+        memory_mib: limit of the program's address space, MiB.
+        stop_at_failure: end at the first failing assert; otherwise all are tried, which `asserts_passed` then
+            counts.
+        unsafe: where no sandbox works, go on with process limits alone instead of raising.
+
+    Raises:
+        SandboxUnavailableError: no sandbox works and `unsafe` is False.
+        UserInputError: a limit that makes no sense.
+    """
+    job = ProgramJob(
+        source=source,
+        tests=tests,
+        setup=setup,
+        stdin=stdin,
+        timeout_s=timeout_s,
+        memory_mib=memory_mib,
+        stop_at_failure=stop_at_failure,
+    )
+    return _run(job, unsafe=unsafe)
+
+
+def _run(job: ProgramJob, *, unsafe: bool) -> ProgramResult:
+    if not (math.isfinite(job.timeout_s) and job.timeout_s > 0):
+        raise UserInputError(f"timeout_s is {job.timeout_s}", remedy="give a positive number of seconds")
+    if job.memory_mib < MIN_MEMORY_MIB:
+        raise UserInputError(
+            f"memory_mib is {job.memory_mib}", remedy=f"the interpreter alone needs {MIN_MEMORY_MIB} MiB"
+        )
+    pool = _pool_for(unsafe=unsafe)
+    try:
+        return pool.run(job)
+    except _WorkerLostError:
+        return pool.run(job)  # a supervisor killed from outside; a second loss is raised
+
+
+def run_programs(
+    jobs: Sequence[ProgramJob],
+    *,
+    num_workers: int | None = None,
+    on_done: Callable[[int, ProgramResult], None] | None = None,
+    unsafe: bool = False,
+) -> list[ProgramResult]:
+    """Run many programs in parallel.
+
+    Args:
+        jobs: the programs.
+        num_workers: how many run at a time; by default the processors this process may use.
+        on_done: called with a job's position and result as each ends, by one thread at a time.
+        unsafe: as for `run_program`.
+
+    Returns:
+        One result a job, in the order of the jobs.
+    """
+    if num_workers is not None and num_workers < 1:
+        raise UserInputError(f"num_workers is {num_workers}", remedy="give at least 1, or None")
+    lock = threading.Lock()
+
+    def run_one(position: int) -> ProgramResult:
+        result = _run(jobs[position], unsafe=unsafe)
+        if on_done is not None:
+            with lock:
+                on_done(position, result)
+        return result
+
+    with ThreadPoolExecutor(num_workers or len(os.sched_getaffinity(0)), "wmtp-execution") as threads:
+        futures = [threads.submit(run_one, position) for position in range(len(jobs))]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
