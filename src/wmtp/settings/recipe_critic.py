@@ -95,4 +95,6 @@ class CriticSettings(Section):
         ge=1,
         description="Optimizer steps between two measurements of AUC for strength: calibrated.",
     )
-    pretrain: PretrainSettings = Field(default_factory=PretrainSettings, description="Stage 1.")
+    pretrain: PretrainSettings = Field(
+        default_factory=PretrainSettings, description="Stage 1: training the value head."
+    )

@@ -105,7 +105,7 @@ class Rho1Settings(Section):
 class OptimSettings(Section):
     """Optimizer, learning-rate schedule and clipping."""
 
-    name: Literal["adamw"] = Field(default="adamw", description="Optimizer.")
+    name: Literal["adamw"] = Field(default="adamw", description="Optimizer algorithm.")
     lr: float = Field(default=3e-4, gt=0, description="Peak learning rate.")
     weight_decay: float = Field(default=0.1, ge=0, description="Decoupled weight decay of matrices.")
     betas: Annotated[

@@ -15,7 +15,7 @@ HIDDEN = "**********"
 """What stands in the place of a secret."""
 
 _MAX_SHOWN = 80
-_SECRET_NAME = re.compile(r"key|secret|token|passw|credential|auth", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"keys?$|key_?id|secret|token$|passw|credential", re.IGNORECASE)
 _DEFAULT = re.compile(r":-[^}]*\}")
 _USER_INFO = re.compile(r"(?<=://)[^/@\s]*@")
 _QUERY_SECRET = re.compile(
