@@ -16,7 +16,9 @@ from wmtp.components.pretrainer import (
     RewardedPrograms,
     collect_programs,
     measure_critic,
+    read_programs,
     sample_rollouts,
+    write_programs,
 )
 from wmtp.components.tokenizer import HfTokenizer
 from wmtp.components.trainer.base import autocast_factory
@@ -40,13 +42,11 @@ class Critic:
         value_head: on the run's device.
         holdout: programs neither stage trains the value head on.
         quality: as measured before stage 2; None for an untrained head of a dry run.
-        programs: all rewarded programs.
     """
 
     value_head: ValueHead
     holdout: RewardedPrograms
     quality: CriticQuality | None
-    programs: list[LabelledProgram]
 
 
 def prepare_critic(
@@ -56,23 +56,29 @@ def prepare_critic(
     tokenizer: HfTokenizer,
     data: PreparedData,
     *,
+    folder: Path,
     unsafe_execution: bool,
-    save_to: Path,
-    on_step: Callable[[int, float], None] | None,
+    is_resumed: bool,
 ) -> Critic:
     """Reward programs, then train a value head on them, or load the one the recipe names.
 
-    The rewards of training programs also go to the features of `data`, for the auxiliary value loss of stage 2;
+    Programs and value head are kept in `folder`, and a resumed run takes both from there. The rewards of training programs also go to the features of `data`, for the auxiliary value loss of stage 2;
     held-out programs get none.
     """
-    examples = list(data.examples.values())
-    programs = collect_programs(examples, recipe, unsafe_execution=unsafe_execution)
-    programs += sample_rollouts(model, tokenizer, examples, recipe, unsafe_execution=unsafe_execution)
+    programs_file = folder / "programs.jsonl"
+    if is_resumed:
+        programs = read_programs(programs_file)
+    else:
+        examples = list(data.examples.values())
+        programs = collect_programs(examples, recipe, unsafe_execution=unsafe_execution)
+        programs += sample_rollouts(model, tokenizer, examples, recipe, unsafe_execution=unsafe_execution)
+        write_programs(programs_file, programs)
     train, holdout = _split_by_prompt(programs, recipe)
     _reward_features(data, train)
     autocast = autocast_factory(environment.device, environment.precision)
     holdout_programs = _tokenize(holdout, tokenizer)
-    if recipe.critic.value_head is None:
+    saved_head = str(folder / "value_head") if is_resumed else recipe.critic.value_head
+    if saved_head is None:
         context = PretrainerContext(
             model=model,
             train=_tokenize(train, tokenizer),
@@ -80,12 +86,11 @@ def prepare_critic(
             collator=data.collator,
             device=environment.device,
             autocast=autocast,
-            on_step=on_step,
         )
         pretrained = ComponentFactory.create_pretrainer(recipe).run(context)
         value_head, quality = pretrained.value_head, pretrained.quality
     else:
-        value_head = ValueHead.load(model, Path(recipe.critic.value_head)).to(environment.device)
+        value_head = ValueHead.load(saved_head, model).to(environment.device)
         quality = measure_critic(
             model,
             value_head,
@@ -95,8 +100,16 @@ def prepare_critic(
             device=environment.device,
             autocast=autocast,
         )
-    value_head.save(save_to)
-    return Critic(value_head, holdout_programs, quality, programs)
+    value_head.save(folder / "value_head")
+    return Critic(value_head, holdout_programs, quality)
+
+
+def untrained_critic(recipe: Recipe, model: MTPModel, environment: Environment) -> Critic | None:
+    """A value head that has learned nothing, for the shapes and the memory of a dry run."""
+    if recipe.train.algo != "critic-wmtp":
+        return None
+    value_head = ValueHead.from_model(model, form=recipe.critic.head.form).to(environment.device)
+    return Critic(value_head, RewardedPrograms([], []), None)
 
 
 def critic_measurement(

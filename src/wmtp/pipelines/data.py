@@ -12,7 +12,7 @@ from wmtp.components.tokenizer import HfTokenizer
 from wmtp.evaluation import Task
 from wmtp.exceptions import DataError
 from wmtp.factory import ComponentFactory, padding_multiple
-from wmtp.settings import Config, Recipe
+from wmtp.settings import Config, Recipe, find_dataset
 
 # Share of the training rows held out for validation where data.eval.sources is empty and a source has no
 # validation split of its own.
@@ -56,24 +56,6 @@ class PreparedData:
         return evaluation_batches(self.validation, self.collator, self.recipe.data.eval.batch_size)
 
 
-def dataset_path(name: str, config: Config) -> str:
-    """The path behind a name of `paths.datasets`; anything else is a path itself.
-
-    Raises:
-        DataError: the name is one of `paths.datasets`, but no path is set there.
-    """
-    named: dict[str, str | None] = dict(config.paths.datasets)
-    if name not in named:
-        return name
-    path = named[name]
-    if path is None:
-        raise DataError(
-            f"dataset {name!r} is used by the recipe, but paths.datasets.{name} is not set",
-            remedy=f"set paths.datasets.{name} in the config, or pass --set paths.datasets.{name}=PATH",
-        )
-    return path
-
-
 def prepare_data(
     config: Config, recipe: Recipe, tokenizer: HfTokenizer, metadata: dict[str, Any]
 ) -> PreparedData:
@@ -83,14 +65,14 @@ def prepare_data(
         DataError: a source is missing, empty or has a bad row; the message names file and line.
     """
     loader = ComponentFactory.create_data_loader(recipe, config)
-    train, held_out = [], []
+    train: list[Example] = []
+    held_out: list[Example] = []
     for source in recipe.data.train.sources:
-        examples = loader.load(dataset_path(source, config), split="train")
-        train.extend(examples)
+        train.extend(loader.load(find_dataset(config, source), split="train"))
     for source in recipe.data.eval.sources:
         held_out.extend(
             loader.load(
-                dataset_path(source, config), split="validation", limit=recipe.data.eval.max_examples
+                find_dataset(config, source), split="validation", limit=recipe.data.eval.max_examples
             )
         )
     if not recipe.data.eval.sources:
@@ -99,7 +81,24 @@ def prepare_data(
     return PreparedData(
         examples={example.row_id: example for example in train},
         features=tokenizer.tokenize_dataset(train),
-        validation=tokenizer.tokenize_dataset(held_out[: recipe.data.eval.max_examples]),
+        validation=tokenizer.tokenize_dataset(held_out[: recipe.data.eval.max_examples]) if held_out else [],
+        collator=ComponentFactory.create_collator(recipe, config, tokenizer.tokenizer, metadata),
+        recipe=recipe,
+    )
+
+
+def prepare_validation(config: Config, recipe: Recipe, tokenizer: HfTokenizer, horizon: int) -> PreparedData:
+    """Held-out examples alone, for an evaluation without training; none where the recipe names no source."""
+    loader = ComponentFactory.create_data_loader(recipe, config)
+    limit = recipe.data.eval.max_examples
+    held_out = []
+    for source in recipe.data.eval.sources:
+        held_out.extend(loader.load(find_dataset(config, source), split="validation", limit=limit))
+    metadata = {"training_algorithm": "mtp", "horizon": horizon}
+    return PreparedData(
+        examples={},
+        features=[],
+        validation=tokenizer.tokenize_dataset(held_out[:limit]) if held_out else [],
         collator=ComponentFactory.create_collator(recipe, config, tokenizer.tokenizer, metadata),
         recipe=recipe,
     )
@@ -114,7 +113,7 @@ def evaluation_tasks(config: Config, recipe: Recipe) -> dict[str, list[Task]]:
     loader = ComponentFactory.create_data_loader(recipe, config)
     tasks = {}
     for name in recipe.eval.datasets:
-        examples = loader.load(dataset_path(name, config), split="test", limit=recipe.eval.max_problems)
+        examples = loader.load(find_dataset(config, name), split="test", limit=recipe.eval.max_problems)
         with_tests = [example.task for example in examples if example.task is not None]
         if not with_tests:
             raise DataError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -11,7 +13,7 @@ from wmtp.components.data.examples import Example
 from wmtp.components.tokenizer import HfTokenizer
 from wmtp.decoding import generate
 from wmtp.evaluation import Task, assemble_program
-from wmtp.exceptions import UserInputError
+from wmtp.exceptions import CheckpointError, UserInputError
 from wmtp.execution import ProgramJob, run_programs
 from wmtp.modeling import MTPModel
 from wmtp.settings import Recipe
@@ -111,16 +113,60 @@ def _execute(
     jobs = [_job(example.task, example.completion, recipe) for example in examples if example.task is not None]
     results = run_programs(jobs, num_workers=recipe.eval.num_workers, unsafe=unsafe_execution)
     return [
-        LabelledProgram(replace(example, reward=result.fraction_passed), result.passed, source)
+        LabelledProgram(
+            replace(example, reward=result.asserts_passed / max(result.asserts_total, 1)),
+            result.passed,
+            source,
+        )
         for example, result in zip(examples, results, strict=True)
     ]
 
 
 def _job(task: Task, completion: str, recipe: Recipe) -> ProgramJob:
     return ProgramJob(
-        assemble_program(task, completion),
+        source=assemble_program(task, completion),
         tests=task.tests,
         setup=task.setup,
         timeout_s=recipe.eval.timeout_s,
         memory_mib=recipe.eval.memory_mib,
+        stop_at_failure=False,
     )
+
+
+def write_programs(path: Path, programs: Sequence[LabelledProgram]) -> None:
+    """Keep programs and rewards, one JSON object a line, so that they can be looked at and a run can be resumed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps(
+            {
+                "row_id": program.example.row_id,
+                "source": program.source,
+                "prompt": program.example.prompt,
+                "completion": program.example.completion,
+                "reward": program.example.reward,
+                "is_right": program.is_right,
+            },
+            ensure_ascii=False,
+        )
+        for program in programs
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def read_programs(path: Path) -> list[LabelledProgram]:
+    """Read what `write_programs` kept.
+
+    Raises:
+        CheckpointError: the file is missing.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"the run has no rewarded programs at {path}", remedy="start the run anew")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [
+        LabelledProgram(
+            Example(row["row_id"], row["prompt"], row["completion"], reward=row["reward"]),
+            row["is_right"],
+            row["source"],
+        )
+        for row in rows
+    ]

@@ -156,9 +156,7 @@ class BaseWmtpTrainer(Component[TrainerContext, TrainResult]):
             for batches in self._steps(run):
                 for callback in callbacks:
                     callback.on_step_start(run)
-                result = run.train_step(batches)
-                self._update(run, result)
-                run.step += 1
+                result = self.run_step(batches)
                 for callback in callbacks:
                     callback.on_step_end(run, result)
                 if run.stop_reason is not None:
@@ -170,6 +168,14 @@ class BaseWmtpTrainer(Component[TrainerContext, TrainResult]):
                 for callback in callbacks:
                     stack.callback(callback.close)
         return TrainResult(run.step, run.stop_reason)
+
+    def run_step(self, batches: Sequence[Batch]) -> StepResult:
+        """Forward, backward and update on the micro-batches of one step."""
+        run = self.training_run
+        result = run.train_step(batches)
+        self._update(run, result)
+        run.step += 1
+        return result
 
     @torch.no_grad()
     def compute_head_weights(

@@ -1,6 +1,7 @@
 """Everything a training run does besides training: each a callback of its own."""
 
 from wmtp.components.trainer.callbacks.base import Callback
+from wmtp.components.trainer.callbacks.calibration import CriticCallback
 from wmtp.components.trainer.callbacks.checkpointing import CheckpointCallback
 from wmtp.components.trainer.callbacks.finite import FiniteCallback
 from wmtp.components.trainer.callbacks.metrics import MetricsCallback
@@ -11,6 +12,7 @@ from wmtp.components.trainer.callbacks.validation import ValidationCallback
 __all__ = [
     "Callback",
     "CheckpointCallback",
+    "CriticCallback",
     "FiniteCallback",
     "MetricsCallback",
     "ProgressCallback",

@@ -64,12 +64,16 @@ class CriticCallback(Callback):
                     quality.auc,
                     quality.strength,
                 )
-        self.tracker.log_metrics(
-            {
-                "critic/auc": quality.auc,
-                "critic/explained_variance": quality.explained_variance,
-                "critic/holdout_value_mean": quality.value_mean,
-                "critic/strength": self.scorer.strength,
-            },
-            run.step,
-        )
+        self.tracker.log_metrics(self.latest_metrics(), run.step)
+
+    def latest_metrics(self) -> dict[str, float]:
+        """The last measurement by metric name."""
+        quality = self.latest
+        if quality is None:
+            return {}
+        return {
+            "critic/auc": quality.auc,
+            "critic/explained_variance": quality.explained_variance,
+            "critic/holdout_value_mean": quality.value_mean,
+            "critic/strength": self.scorer.strength,
+        }

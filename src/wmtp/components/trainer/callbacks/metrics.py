@@ -36,6 +36,7 @@ class MetricsCallback(Callback):
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
         self.latest: dict[str, float] = {}
+        self.latest_step = -1
         self._clear()
 
     def on_train_start(self, run: TrainingRun) -> None:
@@ -87,7 +88,7 @@ class MetricsCallback(Callback):
             "train/data_wait_ratio": (run.data_wait_s - self._waited) / elapsed,
             "train/seconds_per_step": elapsed / num_steps,
         }
-        self.latest = metrics
+        self.latest, self.latest_step = metrics, run.step
         self.tracker.log_metrics(metrics, run.step)
         self._clear()
         self._waited = run.data_wait_s

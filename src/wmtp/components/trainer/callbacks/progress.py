@@ -14,26 +14,30 @@ if TYPE_CHECKING:
 
 
 class ProgressCallback(Callback):
-    """Passes the latest logged numbers on to a display; comes after `MetricsCallback`."""
+    """A progress line with the latest logged numbers; comes after `MetricsCallback`.
 
-    def __init__(self, display: ProgressDisplay, metrics: MetricsCallback) -> None:
-        self.display = display
+    Args:
+        metrics: has the latest numbers.
+        title: what is being trained.
+    """
+
+    def __init__(self, metrics: MetricsCallback, title: str) -> None:
         self.metrics = metrics
+        self.title = title
+        self._display: ProgressDisplay | None = None
 
     def on_train_start(self, run: TrainingRun) -> None:
         """Start at the step a resumed run is at."""
-        self.display.start(run.max_steps, initial_step=run.step)
+        self._display = ProgressDisplay(run.max_steps, title=self.title, start_step=run.step)
+        self._display.__enter__()
 
     def on_step_end(self, run: TrainingRun, result: StepResult) -> None:
-        """Move on; numbers change when they are logged."""
-        latest = self.metrics.latest
-        self.display.update(
-            run.step,
-            loss=latest.get("train/loss"),
-            tokens_per_second=latest.get("train/tokens_per_second"),
-            memory_gib=latest.get("train/memory_peak_gib"),
-        )
+        """Move on; the numbers change when they are logged."""
+        assert self._display is not None
+        is_logged = self.metrics.latest_step == run.step
+        self._display.update(run.step, self.metrics.latest if is_logged else None)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-        self.display.close()
+        if self._display is not None:
+            self._display.__exit__(None, None, None)

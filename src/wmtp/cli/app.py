@@ -1,0 +1,88 @@
+"""The `wmtp` command: its commands, and how every failure becomes one message and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+
+import click
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.text import Text
+
+from wmtp.cli import evaluate, list_components, quickstart, schema, train, validate
+from wmtp.exceptions import WmtpError
+
+app = typer.Typer(
+    name="wmtp",
+    help="Weighted multi-token prediction: train, evaluate and compare models that predict several tokens at once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("quickstart")(quickstart.quickstart)
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command("validate")(validate.validate)
+app.command("schema")(schema.schema)
+app.command("list")(list_components.list_components)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code."""
+    run_app(app, arguments)
+
+
+def run_command(command: Callable[..., None]) -> None:
+    """Run one command by itself, as `python -m wmtp.cli.train` does."""
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command()(command)
+    run_app(single, None)
+
+
+def run_app(application: typer.Typer, arguments: Sequence[str] | None) -> None:
+    """Run a Typer application; exit codes: 0 done, 2 bad input, 3 diverged, 4 interrupted and saved, 1 other."""
+    console = Console(stderr=True)
+    configure_logging(console)
+    try:
+        code = application(args=arguments, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        console.print("interrupted; nothing was saved", style="red")
+        sys.exit(130)
+    except WmtpError as error:
+        show_error(console, error)
+        sys.exit(error.exit_code)
+    except Exception:
+        console.print(Text(traceback.format_exc()))
+        console.print("this is a bug in WMTP: please report it with the lines above", style="red")
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def show_error(console: Console, error: WmtpError) -> None:
+    """Print one message and its remedy, no traceback."""
+    console.print(Text("error: ", style="bold red") + Text(error.message), soft_wrap=True)
+    if error.remedy is not None:
+        console.print(Text("remedy: ", style="bold green") + Text(error.remedy), soft_wrap=True)
+
+
+def configure_logging(console: Console) -> None:
+    """Log this package's messages from INFO and everybody else's from WARNING, to standard error."""
+    handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("wmtp").setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    warnings.formatwarning = lambda message, *_args, **_kwargs: str(message)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What happens around the steps of a run, in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wmtp.components.evaluator import measure_losses
+from wmtp.components.pretrainer import CriticQuality
+from wmtp.components.scorer import CriticScorer, Scorer
+from wmtp.components.trainer import TrainerContext
+from wmtp.components.trainer.base import autocast_factory
+from wmtp.components.trainer.callbacks import (
+    Callback,
+    CheckpointCallback,
+    CriticCallback,
+    FiniteCallback,
+    MetricsCallback,
+    ProgressCallback,
+    SignalCallback,
+    ValidationCallback,
+)
+from wmtp.components.trainer.callbacks.metrics import measure_peak_flops
+from wmtp.modeling import flops_per_token
+from wmtp.pipelines.critic import Critic, critic_measurement
+from wmtp.pipelines.data import PreparedData
+from wmtp.pipelines.environment import Environment, RunPaths
+from wmtp.pipelines.resume import recipe_params
+from wmtp.settings import Recipe
+from wmtp.tracking import Tracker
+
+
+@dataclass(frozen=True, slots=True)
+class RunCallbacks:
+    """The callbacks of a run; those that are asked later by name."""
+
+    all: list[Callback]
+    metrics: MetricsCallback
+    checkpoint: CheckpointCallback
+    critic: CriticCallback | None
+
+    @property
+    def critic_quality(self) -> CriticQuality | None:
+        """How good the value head was when it was last measured."""
+        return None if self.critic is None else self.critic.latest
+
+    def critic_metrics(self) -> dict[str, float]:
+        """The last measurement of the critic as metrics."""
+        return {} if self.critic is None else self.critic.latest_metrics()
+
+
+def build_callbacks(
+    recipe: Recipe,
+    environment: Environment,
+    paths: RunPaths,
+    tracker: Tracker,
+    data: PreparedData,
+    critic: Critic | None,
+    context: TrainerContext,
+) -> RunCallbacks:
+    """All callbacks of a training run. The order matters: a bad step is noticed before it is saved."""
+    train, model = recipe.train, context.model
+    metrics = MetricsCallback(
+        tracker,
+        train.log_every_steps,
+        flops_per_token=flops_per_token(model, recipe.data.train.max_length),
+        peak_flops=measure_peak_flops(environment.device, environment.precision),
+    )
+    checkpoint = CheckpointCallback(
+        paths.checkpoints,
+        every_steps=train.save_every_steps,
+        keep_last=train.keep_last,
+        run_state={"mlflow_run_id": tracker.run_id, "recipe": recipe_params(recipe)},
+    )
+    callbacks: list[Callback] = [FiniteCallback(train), metrics, ProgressCallback(metrics, paths.name)]
+    critic_callback = _critic_callback(recipe, environment, tracker, data, critic, context)
+    if critic_callback is not None:
+        callbacks.append(critic_callback)
+    if train.eval_every_steps is not None and data.validation:
+        autocast = autocast_factory(environment.device, environment.precision)
+        callbacks.append(
+            ValidationCallback(
+                lambda: measure_losses(model, data.validation_batches(), autocast=autocast),
+                tracker,
+                train.eval_every_steps,
+            )
+        )
+    return RunCallbacks([*callbacks, SignalCallback(), checkpoint], metrics, checkpoint, critic_callback)
+
+
+def _critic_callback(
+    recipe: Recipe,
+    environment: Environment,
+    tracker: Tracker,
+    data: PreparedData,
+    critic: Critic | None,
+    context: TrainerContext,
+) -> CriticCallback | None:
+    scorer: Scorer | None = context.scorer
+    if critic is None or not isinstance(scorer, CriticScorer):
+        return None
+    return CriticCallback(
+        scorer,
+        critic_measurement(critic, context.model, data, environment),
+        tracker,
+        every_steps=recipe.critic.recalibrate_every_steps,
+        is_calibrated=recipe.critic.strength == "calibrated",
+    )

@@ -1,0 +1,77 @@
+"""From what a user points at to a model: run folders, steps, exports, model ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from wmtp.components.tokenizer import HfTokenizer
+from wmtp.exceptions import CheckpointError
+from wmtp.factory import ComponentFactory
+from wmtp.modeling import MTPModel
+from wmtp.pipelines.builtin_models import prepare_builtin_model
+from wmtp.pipelines.environment import Environment
+from wmtp.pipelines.models import load_base, load_tokenizer
+from wmtp.pipelines.outputs import RunOptions
+from wmtp.settings import Config, Recipe, require_model
+from wmtp.storage import PathResolver
+
+
+@dataclass(frozen=True, slots=True)
+class LocatedModel:
+    """Where a model is.
+
+    Attributes:
+        path: a model folder or id, or a `step-N` or run folder.
+        is_training_state: whether it holds tensors of a training run only, to be put into the recipe's base.
+    """
+
+    path: str
+    is_training_state: bool
+
+
+def locate_model(config: Config, path: str) -> LocatedModel:
+    """Find what `path` names: an export in it, a model folder or id, or training checkpoints.
+
+    Raises:
+        CheckpointError: a local path that does not exist or holds neither.
+    """
+    kind, resolved = PathResolver().resolve(path)
+    if kind != "local":
+        return LocatedModel(resolved, is_training_state=False)
+    folder = Path(resolved)
+    if (folder / "final" / "config.json").is_file():
+        return LocatedModel(str(folder / "final"), is_training_state=False)
+    if (folder / "config.json").is_file():
+        return LocatedModel(str(folder), is_training_state=False)
+    if folder.name.startswith("step-") or any(folder.glob("step-*")):
+        return LocatedModel(str(folder), is_training_state=True)
+    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) if folder.is_dir() else "nothing"
+    raise CheckpointError(
+        f"{path} is no checkpoint: there is {found or 'an empty folder'}",
+        remedy="give a run folder (runs/models/<run>), a step-N folder, an export or a model id",
+    )
+
+
+def load_located(
+    config: Config, recipe: Recipe, environment: Environment, located: LocatedModel, options: RunOptions
+) -> tuple[MTPModel, HfTokenizer]:
+    """Load the model with `model.mtp.horizon` heads, and its tokenizer."""
+    trust = options.trust_remote_code
+    if not located.is_training_state:
+        path = prepare_builtin_model(located.path, config, dry_run=False, options=options)
+        loaded = load_base(config, recipe, environment, path, trust_remote_code=trust)
+        return loaded.model, load_tokenizer(config, recipe, path)
+    base_path = prepare_builtin_model(
+        require_model(config, recipe, "base").path, config, dry_run=False, options=options
+    )
+    checkpoint = ComponentFactory.create_checkpoint_loader(config).run(located.path)
+    loaded = load_base(config, recipe, environment, base_path, trust_remote_code=trust)
+    try:
+        loaded.model.load_state_dict(checkpoint.tensors["model"])
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{checkpoint.path} does not fit the base model of this recipe: {error}",
+            remedy="use the recipe (base model and horizon) of the run",
+        ) from error
+    return loaded.model, load_tokenizer(config, recipe, base_path)

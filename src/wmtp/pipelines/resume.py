@@ -1,0 +1,81 @@
+"""Going on with a run: find its checkpoint, and refuse what would not be the same run."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from wmtp.components.loader import LoadedCheckpoint
+from wmtp.distributed.checkpoint import list_checkpoints
+from wmtp.exceptions import CheckpointError, UserInputError
+from wmtp.factory import ComponentFactory
+from wmtp.pipelines.environment import RunPaths
+from wmtp.settings import Config, Recipe
+from wmtp.tracking import flatten_params
+
+logger = logging.getLogger(__name__)
+
+# What may change between a run and its continuation: how long, how often, and what is measured afterwards.
+_FREE_KEYS = (
+    "train.max_steps",
+    "train.log_every_steps",
+    "train.eval_every_steps",
+    "train.save_every_steps",
+    "train.keep_last",
+    "train.on_nonfinite",
+    "train.max_nonfinite_steps",
+    "data.eval.",
+    "data.train.num_workers",
+    "eval.",
+)
+
+
+def recipe_params(recipe: Recipe) -> dict[str, str]:
+    """The recipe as flat text, as it is kept in a checkpoint."""
+    return flatten_params(recipe.model_dump(mode="json", by_alias=True), max_value=10**6)
+
+
+def load_resume_checkpoint(config: Config, recipe: Recipe, path: str | None) -> LoadedCheckpoint | None:
+    """The checkpoint to go on from; None for a fresh run.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, it is past `train.max_steps`, or the recipe has changed in a way
+            that would make it another run.
+    """
+    if path is None:
+        return None
+    checkpoint = ComponentFactory.create_checkpoint_loader(config).run(path)
+    _check_recipe(checkpoint.state["recipe"], recipe_params(recipe))
+    if checkpoint.step > recipe.train.max_steps:
+        raise CheckpointError(
+            f"{checkpoint.path} is at step {checkpoint.step}, past train.max_steps {recipe.train.max_steps}",
+            remedy="raise train.max_steps, or resume from an earlier step",
+        )
+    logger.info("going on from %s", checkpoint.path)
+    return checkpoint
+
+
+def refuse_existing_run(paths: RunPaths) -> None:
+    """A fresh run must not mix with the checkpoints of an older one.
+
+    Raises:
+        UserInputError: the run folder holds checkpoints.
+    """
+    if list_checkpoints(paths.checkpoints):
+        raise UserInputError(
+            f"run {paths.name!r} already has checkpoints in {paths.checkpoints}",
+            remedy=f"go on with --resume {paths.checkpoints}, or choose another --run-name",
+        )
+
+
+def _check_recipe(before: dict[str, Any], now: dict[str, str]) -> None:
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    refused = [key for key in changed if not key.startswith(_FREE_KEYS)]
+    if refused:
+        listed = "\n".join(f"  {key}: {before.get(key)} -> {now.get(key)}" for key in refused)
+        raise CheckpointError(
+            f"the recipe differs from the one this run was started with:\n{listed}",
+            remedy="resume with the recipe of the run, or start a new run",
+        )
+    for key in changed:
+        logger.warning("resuming with a changed %s: %s -> %s", key, before.get(key), now.get(key))

@@ -1,0 +1,265 @@
+"""Training, from settings to report: the main job of this project."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+from torch import nn
+
+from wmtp.components.loader import LoadedCheckpoint
+from wmtp.components.optimizer import OptimizerContext
+from wmtp.components.scorer import ScorerSetup
+from wmtp.components.tokenizer import HfTokenizer
+from wmtp.components.trainer import TrainerContext
+from wmtp.components.trainer.callbacks.checkpointing import restore_training_state
+from wmtp.exceptions import TrainingInterruptedError
+from wmtp.factory import ComponentFactory
+from wmtp.modeling import MTPModel
+from wmtp.pipelines.builtin_models import prepare_builtin_model
+from wmtp.pipelines.callbacks import build_callbacks
+from wmtp.pipelines.critic import Critic, prepare_critic, untrained_critic
+from wmtp.pipelines.data import PreparedData, prepare_data
+from wmtp.pipelines.dry_run import measure_longest_batch
+from wmtp.pipelines.environment import (
+    Environment,
+    RunPaths,
+    default_run_name,
+    prepare_environment,
+    run_paths,
+    seed_everything,
+)
+from wmtp.pipelines.evaluation import evaluate_model
+from wmtp.pipelines.export import export_model
+from wmtp.pipelines.models import load_base, load_reference, load_tokenizer
+from wmtp.pipelines.outputs import RunOptions, RunOutputs
+from wmtp.pipelines.report import report_training
+from wmtp.pipelines.resume import load_resume_checkpoint, refuse_existing_run
+from wmtp.settings import Config, Recipe, redacted_dump, require_available, require_model
+from wmtp.tracking import CompositeTracker, RunStatus, create_tracker, experiment_name
+
+logger = logging.getLogger(__name__)
+
+
+def run_training_pipeline(
+    config: Config,
+    recipe: Recipe,
+    dry_run: bool = False,
+    resume_checkpoint: str | None = None,
+    *,
+    options: RunOptions | None = None,
+) -> RunOutputs:
+    """Train, evaluate and report.
+
+    Args:
+        config: where it runs.
+        recipe: what is run.
+        dry_run: build everything, run one batch at the longest length, write nothing.
+        resume_checkpoint: a run folder or one of its `step-N` folders to go on from.
+        options: what only the command line may say.
+
+    Raises:
+        UserInputError: settings, data, models or checkpoints that cannot be used.
+        TrainingDivergedError: loss or gradient became NaN or infinite.
+        TrainingInterruptedError: a signal ended the run; its state is saved.
+    """
+    options = options or RunOptions()
+    require_available(config)
+    require_available(recipe)
+    if dry_run:
+        return _dry_run(config, recipe, options)
+
+    # 1. Where: device, seeds, the checkpoint to go on from, folders.
+    began = time.perf_counter()
+    environment = prepare_environment(config, recipe)
+    checkpoint = load_resume_checkpoint(config, recipe, resume_checkpoint)
+    name = options.run_name or (checkpoint.path.parent.name if checkpoint else default_run_name(recipe))
+    paths = run_paths(config, name)
+    if checkpoint is None:
+        refuse_existing_run(paths)
+
+    # 2. What: base model, tokenizer, data, reference model.
+    parts = _build_parts(config, recipe, environment, options, dry_run=False)
+
+    # 3. Tracking, from here on everything is recorded.
+    tracker = _open_tracker(config, recipe, paths, options, checkpoint)
+    status: RunStatus = "failed"
+    try:
+        # 4. Stage 1 of the critic.
+        seed_everything(recipe.train.seed)
+        critic = _prepare_critic(recipe, environment, parts, paths, options, checkpoint)
+
+        # 5. Optimizer, scorer, callbacks, trainer; the state of a resumed run.
+        context = _build_trainer_context(config, recipe, environment, parts, critic)
+        callbacks = build_callbacks(recipe, environment, paths, tracker, parts.data, critic, context)
+        context.callbacks = callbacks.all
+        seed_everything(recipe.train.seed)
+        if checkpoint is not None:
+            restore_training_state(context, checkpoint.tensors, checkpoint.state)
+        trainer = ComponentFactory.create_trainer(recipe, config)
+        trainer.setup(context)
+
+        # 6. Train.
+        result = trainer.run(context)
+        if result.stop_reason is not None:
+            status = "interrupted"
+            raise TrainingInterruptedError(
+                f"{result.stop_reason} ended the run after step {result.step}; the state is in "
+                f"{callbacks.checkpoint.latest}",
+                remedy=f"go on with --resume {paths.checkpoints}",
+            )
+        train_seconds = time.perf_counter() - began
+
+        # 7. The trained model as a plain Hugging Face checkpoint.
+        metrics = {**callbacks.metrics.latest, **callbacks.critic_metrics()}
+        export_model(recipe, parts, paths, metrics)
+
+        # 8. Evaluate it.
+        evaluation = evaluate_model(
+            config, recipe, environment, parts.model, parts.tokenizer, parts.data, paths.report, options
+        )
+        tracker.log_metrics(evaluation.metrics, result.step)
+        metrics.update(evaluation.metrics)
+
+        # 9. Report.
+        timings = {"training": train_seconds, "evaluation": time.perf_counter() - began - train_seconds}
+        report_run, report = report_training(
+            config, recipe, paths, trainer, parts, evaluation, metrics, timings
+        )
+        tracker.log_artifact(paths.report)
+        status = "finished"
+    finally:
+        tracker.finish(status)
+    return RunOutputs(
+        run_name=name,
+        metrics=metrics,
+        step=result.step,
+        checkpoint=callbacks.checkpoint.latest,
+        export=paths.export,
+        report=report,
+        mlflow_run_id=tracker.run_id,
+        critic=callbacks.critic_quality,
+        report_run=report_run,
+        evaluation=evaluation,
+    )
+
+
+@dataclass(slots=True)
+class RunParts:
+    """The loaded models and data of a run."""
+
+    model: MTPModel
+    tokenizer: HfTokenizer
+    data: PreparedData
+    reference: MTPModel | None
+    base_path: str
+
+
+def _build_parts(
+    config: Config, recipe: Recipe, environment: Environment, options: RunOptions, *, dry_run: bool
+) -> RunParts:
+    trust = options.trust_remote_code
+    base_path = prepare_builtin_model(
+        require_model(config, recipe, "base").path, config, dry_run=dry_run, options=options
+    )
+    loaded = load_base(config, recipe, environment, base_path, trust_remote_code=trust)
+    tokenizer = load_tokenizer(config, recipe, base_path)
+    reference = None
+    if recipe.train.algo == "rho1-wmtp":
+        reference_path = prepare_builtin_model(
+            require_model(config, recipe, "ref").path, config, dry_run=dry_run, options=options
+        )
+        reference = load_reference(
+            config, recipe, environment, reference_path, tokenizer, trust_remote_code=trust
+        )
+    data = prepare_data(config, recipe, tokenizer, loaded.metadata)
+    return RunParts(loaded.model, tokenizer, data, reference, base_path)
+
+
+def _prepare_critic(
+    recipe: Recipe,
+    environment: Environment,
+    parts: RunParts,
+    paths: RunPaths,
+    options: RunOptions,
+    checkpoint: LoadedCheckpoint | None,
+) -> Critic | None:
+    if recipe.train.algo != "critic-wmtp":
+        return None
+    return prepare_critic(
+        recipe,
+        environment,
+        parts.model,
+        parts.tokenizer,
+        parts.data,
+        folder=paths.checkpoints / "critic",
+        unsafe_execution=options.unsafe_execution,
+        is_resumed=checkpoint is not None,
+    )
+
+
+def _build_trainer_context(
+    config: Config, recipe: Recipe, environment: Environment, parts: RunParts, critic: Critic | None
+) -> TrainerContext:
+    modules: dict[str, nn.Module] = {"model": parts.model}
+    learning_rates = {}
+    if critic is not None and recipe.critic.value_loss_coef > 0:
+        modules["value_head"] = critic.value_head
+        learning_rates["value_head"] = recipe.critic.pretrain.lr
+    scorer = ComponentFactory.create_scorer(recipe)
+    if scorer is not None:
+        scorer.prepare(
+            ScorerSetup(
+                model=parts.model,
+                reference=parts.reference,
+                value_head=None if critic is None else critic.value_head,
+                seed=recipe.train.seed,
+            )
+        )
+    optimizer = ComponentFactory.create_optimizer(recipe, config).run(
+        OptimizerContext(modules, recipe.train.max_steps, learning_rates)
+    )
+    return TrainerContext(
+        modules=modules,
+        optimizer=optimizer,
+        data=parts.data.training_data(),
+        scorer=scorer,
+        device=environment.device,
+        precision=environment.precision,
+    )
+
+
+def _open_tracker(
+    config: Config,
+    recipe: Recipe,
+    paths: RunPaths,
+    options: RunOptions,
+    checkpoint: LoadedCheckpoint | None,
+) -> CompositeTracker:
+    mlflow = config.mlflow
+    tracker = create_tracker(
+        paths.report,
+        experiment=experiment_name(recipe.train.algo, recipe.data.train.sources),
+        tracking_uri=mlflow.tracking_uri or str(paths.output / "mlflow"),
+        run_name=paths.name,
+        run_id=None if checkpoint is None else checkpoint.mlflow_run_id,
+        resume_step=None if checkpoint is None else checkpoint.step,
+        registry_uri=mlflow.registry_uri,
+        artifact_location=mlflow.artifact_location,
+        tags={tag: "true" for tag in options.tags},
+    )
+    tracker.log_params({**redacted_dump(config), **redacted_dump(recipe)})
+    return tracker
+
+
+def _dry_run(config: Config, recipe: Recipe, options: RunOptions) -> RunOutputs:
+    """Build everything, run one step at the longest length, write nothing."""
+    environment = prepare_environment(config, recipe)
+    parts = _build_parts(config, recipe, environment, options, dry_run=True)
+    critic = untrained_critic(recipe, parts.model, environment)
+    context = _build_trainer_context(config, recipe, environment, parts, critic)
+    trainer = ComponentFactory.create_trainer(recipe, config)
+    trainer.setup(context)
+    facts = measure_longest_batch(trainer, context)
+    return RunOutputs(run_name=options.run_name or default_run_name(recipe), metrics={}, dry_run=facts)
