@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from wmtp.tracking import PhaseDisplay, ProgressDisplay, format_duration
+from wmtp.tracking import PhaseDisplay, ProgressDisplay
 
 METRICS = {
     "train/loss": 2.34567,
@@ -65,18 +65,3 @@ def test_phases_are_announced_timed_and_kept_in_order() -> None:
         == "[1/2] Train\n      10 [steps]\n      done in 0.0 s\n[2/2] Evaluate\n[2/2] Evaluate: stopped\n"
     )
     assert list(display.timings) == ["Train"]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.84, "0.8 s"),
-        (9.96, "10 s"),
-        (59.4, "59 s"),
-        (59.6, "1 min 00 s"),
-        (185, "3 min 05 s"),
-        (7620, "2 h 07 min"),
-    ],
-)
-def test_durations_are_written_for_people(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text

@@ -9,7 +9,7 @@ from wmtp.tracking.base import (
     git_commit,
 )
 from wmtp.tracking.composite import CompositeTracker, create_tracker
-from wmtp.tracking.console import PhaseDisplay, ProgressDisplay, format_duration
+from wmtp.tracking.console import PhaseDisplay, ProgressDisplay
 from wmtp.tracking.metrics_file import METRICS_FILE_NAME, MetricsFile, read_metrics
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "create_tracker",
     "experiment_name",
     "flatten_params",
-    "format_duration",
     "git_commit",
     "read_metrics",
 ]

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from wmtp.reporting.text import format_duration
+
 _LOSS, _SPEED, _MEMORY = "train/loss", "train/tokens_per_second", "train/memory_peak_gib"
 
 
@@ -126,15 +128,3 @@ class PhaseDisplay:
     def status(self, message: str) -> None:
         """Print one indented line about the phase that runs."""
         self._console.print(Text(f"      {message}", style="dim"), soft_wrap=True)
-
-
-def format_duration(seconds: float) -> str:
-    """Write a time for people: `0.8 s`, `42 s`, `3 min 05 s`, `2 h 07 min`."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -99,7 +99,7 @@ class MLflowManager:
         return self._run_id
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Record settings. MLflow never changes one: what a resume changed goes to the tag `changed_params`."""
+        """Record settings; MLflow never changes one, so changes go to the tag `changed_params`."""
         flat = flatten_params(params)
         known = self.client.get_run(self._run_id).data.params
         changed = {key: value for key, value in flat.items() if known.get(key, value) != value}

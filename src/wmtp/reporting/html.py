@@ -1,0 +1,88 @@
+"""The page: one self-contained HTML file without scripts, readable on a phone, in light and dark."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from wmtp.reporting.charts import NUM_COLORS, SVG_DASHES, panel_svg
+from wmtp.reporting.curves import Section, curve_sections
+from wmtp.reporting.data import ProgramSample, ReportRun, TokenView
+from wmtp.reporting.summary import (
+    ScoreTable,
+    headline,
+    interval_text,
+    metric_table,
+    score_tables,
+    timing_table,
+)
+from wmtp.reporting.text import format_duration, format_number, format_percent, visible
+from wmtp.reporting.tokens import heaviest_tokens, shaded_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    title: str
+    alt: str
+    svg: Markup
+
+
+def render_html(title: str, runs: Sequence[ReportRun]) -> str:
+    """Render the whole page; every text is escaped, what a run lacks is left out."""
+    environment = Environment(
+        loader=PackageLoader("wmtp.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = format_percent
+    environment.filters["number"] = format_number
+    environment.filters["duration"] = format_duration
+    environment.filters["visible"] = visible
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        runs=runs,
+        headline=headline(runs),
+        tables=[_table(table, runs) for table in score_tables(runs)],
+        sections=[_section(section) for section in curve_sections(runs)],
+        views=[_view(run, view) for run in runs for view in run.token_views],
+        samples=[(run, sample, _verdict(sample)) for run in runs for sample in run.samples],
+        metrics=metric_table(runs),
+        timings=timing_table(runs),
+        has_notes=any(run.notes for run in runs),
+        dashes=SVG_DASHES,
+        has_settings=any(run.settings_yaml for run in runs),
+    )
+
+
+def _table(table: ScoreTable, runs: Sequence[ReportRun]) -> dict[str, object]:
+    order = [run.name for run in runs]
+    rows = [
+        {
+            "row": row,
+            "color": order.index(row.run.name) % NUM_COLORS + 1,
+            "interval": interval_text(row.main),
+            "others": [row.by_k.get(k) for k in table.ks[1:]],
+        }
+        for row in table.rows
+    ]
+    return {"benchmark": table.benchmark, "ks": table.ks, "rows": rows}
+
+
+def _section(section: Section) -> dict[str, object]:
+    # Only pictures drawn here are put into the page as they are; their texts are numbers and fixed words.
+    pictures = [_Picture(panel.title, panel.alt, Markup(panel_svg(panel))) for panel in section.panels]
+    legend = [(label, color % NUM_COLORS + 1) for label, color in section.legend]
+    return {"title": section.title, "caption": section.caption, "pictures": pictures, "legend": legend}
+
+
+def _view(run: ReportRun, view: TokenView) -> dict[str, object]:
+    return {"run": run, "title": view.title, "tokens": shaded_tokens(view), "heaviest": heaviest_tokens(view)}
+
+
+def _verdict(sample: ProgramSample) -> str:
+    return "good" if sample.status == "passed" else "bad"
