@@ -30,10 +30,10 @@ FORMAT_VERSION = 1
 class ValueHead(nn.Module):
     """Maps hidden states to one value a token, starting at exactly zero.
 
-    Forms: `transformer` runs a decoder layer of its own on the trunk (a copy of the model's last layer at the
-    start), then a norm and a linear map; `mlp` and `linear` read head 0's last hidden state. The decoder layer
-    is the default because it can attend: on a frozen base that solves a task, the last hidden state alone need
-    not say whether the program so far is right.
+    Forms: `transformer` runs a decoder layer of its own on the trunk (a copy of the model's last layer at
+    the start), then a norm and a linear map; `mlp` and `linear` read head 0's last hidden state. The decoder
+    layer is the default because it can attend: on a frozen base that solves a task, the last hidden state
+    alone need not say whether the program so far is right.
 
     Args:
         form: which of the three.
@@ -117,8 +117,8 @@ class ValueHead(nn.Module):
         """Read a value head that was trained on a model of the same architecture.
 
         Raises:
-            ModelLoadError: files missing or damaged, an unknown form, or tensors that are missing or do not fit
-                the model; the message names file and tensor.
+            ModelLoadError: files missing or damaged, an unknown form, or tensors that are missing or do not
+                fit the model; the message names file and tensor.
         """
         directory = Path(directory)
         for name in (DESCRIPTION_FILE, WEIGHTS_FILE):
