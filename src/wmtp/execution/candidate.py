@@ -13,7 +13,8 @@ from __future__ import annotations
 import posix
 import sys
 
-from wmtp.execution.wire import CALL, LOAD, ChannelClosedError, Peer, UncarriableError, Unverifiable
+from wmtp.execution.peer import CALL, LOAD, ChannelClosedError, Peer, Unverifiable
+from wmtp.execution.wire import UncarriableError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ def _serve(source: str, peer: Peer) -> None:
 
     assert peer.export(load, is_iterator=False) == LOAD
     try:
-        while (message := peer.receive())[:1] == CALL:
-            peer.serve(message)
+        while (frame := peer.receive())[0] == CALL:
+            peer.serve(frame[1])
     except (ChannelClosedError, Unverifiable):
         pass  # the tester needs nothing more
     sys.stdout.flush()

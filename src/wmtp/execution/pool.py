@@ -27,11 +27,12 @@ from wmtp.execution.supervisor import read_frame, write_frame
 
 User = Literal["own", "mapped"]
 MIN_MEMORY_MIB = 64
-_MARGIN_S = 60.0  # beyond a program's own time limit, before a supervisor that does not answer is given up
+_MAX_IDLE = 16  # warm workers a process keeps
+_MARGIN_S = 300.0  # beyond a program's own time limit, before a supervisor that does not answer is given up
 _START = "import sys; sys.path.insert(0, sys.argv.pop()); from wmtp.execution.supervisor import main; main()"
 
 
-class _WorkerLostError(Exception):
+class _WorkerLostError(RuntimeError):
     """The supervisor ended or does not answer."""
 
 
@@ -70,6 +71,9 @@ class _Worker:
     def close(self) -> None:
         """End the supervisor and all below it."""
         with contextlib.suppress(OSError):
+            write_frame(
+                self._stdin, None
+            )  # the end of the stream alone is not seen while a forked child has a copy
             self._stdin.close()
         try:
             self._process.wait(5.0)
@@ -100,7 +104,11 @@ class _Pool:
             worker.close()
             raise
         with self._lock:
-            self._idle.append(worker)
+            is_kept = len(self._idle) < _MAX_IDLE
+            if is_kept:
+                self._idle.append(worker)
+        if not is_kept:
+            worker.close()
         if "infrastructure" in answer:
             raise SandboxUnavailableError(answer["infrastructure"], remedy=_remedy(answer["infrastructure"]))
         return ProgramResult(passed=answer["status"] == "passed", **answer)
@@ -169,8 +177,8 @@ def _probe() -> SandboxStatus:
             pool.close()
             raise RuntimeError(f"the sandbox runs but its first program did not pass: {result}")
         _pools["bubblewrap"] = pool
-        kind = "bubblewrap+seccomp" if has_filter and build_filter(allow_processes=False) else "bubblewrap"
-        return SandboxStatus(available=True, kind=kind)
+        is_filtered = has_filter and build_filter(allow_processes=False) is not None
+        return SandboxStatus(available=True, kind="bubblewrap+seccomp" if is_filtered else "bubblewrap")
     reason = problem.message if isinstance(problem, SandboxUnavailableError) else str(problem)
     remedy = problem.remedy if isinstance(problem, SandboxUnavailableError) else None
     return SandboxStatus(available=False, kind="none", reason=reason, remedy=remedy or _remedy(reason))
@@ -179,8 +187,8 @@ def _probe() -> SandboxStatus:
 def _remedy(reason: str) -> str:
     if "Operation not permitted" in reason or "Permission denied" in reason or "namespace" in reason:
         return (
-            "allow unprivileged user namespaces (in a container: run it with a seccomp and AppArmor profile that permits "
-            "them; on Ubuntu: sysctl kernel.apparmor_restrict_unprivileged_userns=0), or accept the risk with "
+            "allow unprivileged user namespaces (in a container: a seccomp and AppArmor profile that permits them; "
+            "on Ubuntu: sysctl kernel.apparmor_restrict_unprivileged_userns=0), or accept the risk with "
             "--unsafe-execution"
         )
     return "see the reason; or accept the risk with --unsafe-execution"
@@ -247,8 +255,10 @@ def _run(job: ProgramJob, *, unsafe: bool) -> ProgramResult:
     pool = _pool_for(unsafe=unsafe)
     try:
         return pool.run(job)
-    except _WorkerLostError:
-        return pool.run(job)  # a supervisor killed from outside; a second loss is raised
+    except (_WorkerLostError, SandboxUnavailableError):
+        return pool.run(
+            job
+        )  # a supervisor killed from outside, a machine short of processes; twice is an error
 
 
 def run_programs(

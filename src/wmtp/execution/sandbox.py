@@ -12,8 +12,13 @@ The user comes about in one of two ways:
 
 from __future__ import annotations
 
+import contextlib
+import json
 import marshal
 import os
+import select
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +29,7 @@ from wmtp.execution.seccomp import build_filter
 
 TMP_MIB = 32
 _INNER_USER = 65534
+_KILL_S = 5.0  # to wait for the end of a killed sandbox
 _FIRST_USER = 0x70000000  # a range that neither distributions nor container managers hand out
 # Reads modules and configuration as marshalled code from a descriptor: nothing of this package needs to be
 # mounted.
@@ -80,7 +86,6 @@ class Sandbox:
             self._mounts = self._mount_arguments()
         else:
             self._program = config["python"]
-            self._folder = tempfile.TemporaryDirectory(prefix="wmtp-run-")
 
     def start(
         self,
@@ -90,8 +95,7 @@ class Sandbox:
         descriptors: list[int],
         streams: tuple[int, int, int],
         allow_processes: bool,
-        info_fd: int | None = None,
-    ) -> subprocess.Popen[bytes]:
+    ) -> SandboxedProcess:
         """Start an interpreter that runs modules of this package.
 
         Args:
@@ -101,40 +105,51 @@ class Sandbox:
             descriptors: stay open in the interpreter under the same numbers.
             streams: stdin, stdout, stderr.
             allow_processes: whether the interpreter may start others.
-            info_fd: where bubblewrap writes the number of the sandbox's first process.
         """
         codes = [(f"wmtp.execution.{name}", self._code(name)) for name in modules]
         payload = marshal.dumps((codes, self._user, config))
-        with anonymous_file(payload) as boot:
-            arguments, kept = self._arguments(allow_processes, info_fd, boot.fileno())
-            return subprocess.Popen(
-                arguments,
-                executable=self._program,
-                stdin=streams[0],
-                stdout=streams[1],
-                stderr=streams[2],
-                env=_environment("" if not self.is_isolated else self._layout["libraries"]),
-                cwd="/" if self.is_isolated else self._folder.name,
-                pass_fds=[boot.fileno(), *descriptors, *kept],
-                start_new_session=True,
-            )
+        info_read, info_write = os.pipe()
+        folder = None if self.is_isolated else tempfile.mkdtemp(prefix="wmtp-run-")
+        try:
+            with anonymous_file(payload) as boot:
+                arguments, kept = self._arguments(allow_processes, info_write, boot.fileno())
+                process = subprocess.Popen(
+                    arguments,
+                    executable=self._program,
+                    stdin=streams[0],
+                    stdout=streams[1],
+                    stderr=streams[2],
+                    env=self._environment(),
+                    cwd=folder or "/",
+                    pass_fds=[boot.fileno(), *descriptors, *kept],
+                    start_new_session=True,
+                )
+        except BaseException:
+            os.close(info_read)
+            raise
+        finally:
+            os.close(info_write)
+        return SandboxedProcess(process, info_read, folder)
 
-    def _arguments(
-        self, allow_processes: bool, info_fd: int | None, boot_fd: int
-    ) -> tuple[list[str], list[int]]:
+    def _arguments(self, allow_processes: bool, info_fd: int, boot_fd: int) -> tuple[list[str], list[int]]:
+        """The command line, and the descriptors that it names."""
         command = ["-P", "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT, str(boot_fd)]
-        kept: list[int] = []
         if not self.is_isolated:
-            return ["python", *command], kept
-        options: list[str] = []
-        if info_fd is not None:
-            options += ["--info-fd", str(info_fd)]
+            return ["python", *command], []
+        kept = [info_fd]
+        options = ["--info-fd", str(info_fd)]
         filter_fd = self._filter(allow_processes)
         if filter_fd is not None:
             os.lseek(filter_fd, 0, os.SEEK_SET)  # the offset is shared with the last reader
             options += ["--seccomp", str(filter_fd)]
             kept.append(filter_fd)
         return ["bwrap", *self._mounts, *options, "--", self._layout["python"], *command], kept
+
+    def _environment(self) -> dict[str, str]:
+        values = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "TZ": "UTC", "HOME": "/tmp", "PATH": "/nowhere"}
+        if self.is_isolated:
+            values["LD_LIBRARY_PATH"] = self._layout["libraries"]
+        return values
 
     def _mount_arguments(self) -> list[str]:
         arguments = [
@@ -177,8 +192,49 @@ class Sandbox:
         return self._codes[name]
 
 
-def _environment(libraries: str) -> dict[str, str]:
-    values = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "TZ": "UTC", "HOME": "/tmp", "PATH": "/nowhere"}
-    if libraries:
-        values["LD_LIBRARY_PATH"] = libraries
-    return values
+class SandboxedProcess:
+    """An interpreter in its sandbox.
+
+    Args:
+        process: bubblewrap, or without isolation the interpreter itself.
+        info_fd: where bubblewrap tells the number of the sandbox's first process. Taken over.
+        folder: working folder to remove at the end.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], info_fd: int, folder: str | None) -> None:
+        self.process = process
+        self._info_fd = info_fd
+        self._folder = folder
+
+    def close(self) -> None:
+        """Kill everything in the sandbox and wait until it is gone."""
+        if self.process.poll() is None:
+            self._kill()
+        if self._folder is not None:  # without a namespace: what stayed in the process group
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            shutil.rmtree(self._folder, ignore_errors=True)
+        os.close(self._info_fd)
+
+    def _kill(self) -> None:
+        # The first process of the sandbox, not bubblewrap itself: bubblewrap then reaps it and leaves no
+        # zombie to whoever is process 1 here, and its own end tells that every process of the namespace is
+        # gone.
+        inner = self._first_process()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid if inner is None else inner, signal.SIGKILL)
+        try:
+            self.process.wait(_KILL_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def _first_process(self) -> int | None:
+        if not select.select([self._info_fd], [], [], 0)[0]:
+            return None
+        # One JSON object, written before the interpreter starts. Nothing after it would come from bubblewrap.
+        text = os.read(self._info_fd, 4096).decode("ascii", "replace")
+        try:
+            return int(json.JSONDecoder().raw_decode(text)[0]["child-pid"])
+        except (ValueError, KeyError):
+            return None  # bubblewrap ended before it had told, or there is none

@@ -29,7 +29,8 @@ import symtable
 import sys
 from typing import Any
 
-from wmtp.execution.wire import LOAD, QUIT, ChannelClosedError, GarbledMessageError, Peer, Unverifiable
+from wmtp.execution.peer import LOAD, QUIT, ChannelClosedError, Peer, Unverifiable
+from wmtp.execution.wire import GarbledMessageError
 
 TESTS_NAME = "tests"
 SETUP_NAME = "setup"
