@@ -112,6 +112,11 @@ def test_the_last_batch_of_an_epoch_is_kept_though_smaller() -> None:
     assert plan.locate(4) == (1, 1)
 
 
+def test_a_token_limit_counts_every_row_at_the_length_of_the_longest() -> None:
+    plan = make_plan([8, 2, 2], max_tokens_per_batch=16, shuffle=False, pack=False)
+    assert plan.plan_epoch(0) == [[[0], [1]], [[2]]]
+
+
 def test_the_longest_batch_is_the_one_with_most_padded_tokens() -> None:
     plan = make_plan([2, 2, 2, 9, 2, 2, 3], batch_size=3, shuffle=False, pack=False)
     assert plan.longest_batch() == [[3], [4], [5]]

@@ -125,6 +125,18 @@ def test_an_end_token_keeps_its_label_where_padding_has_the_same_id(
     assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
 
 
+def test_padding_is_written_with_the_padding_id_where_there_is_one() -> None:
+    class Tokenizer:
+        def __init__(self, pad_token_id: int | None, eos_token_id: int | None) -> None:
+            self.pad_token_id = pad_token_id
+            self.eos_token_id = eos_token_id
+
+    for pad, eos, expected in ((3, 2, 3), (None, 2, 2), (None, None, 0)):
+        collator = MTPDataCollator({"tokenizer": Tokenizer(pad, eos), "horizon": 1})
+        batch = collator([{"input_ids": [5, 5]}, {"input_ids": [5]}])
+        assert batch["input_ids"].tolist() == [[5, 5], [5, expected]]
+
+
 def test_lm_labels_are_unshifted_and_never_cross_into_the_next_document(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:

@@ -57,6 +57,11 @@ def test_the_number_of_bins_does_not_depend_on_the_order(
     assert pack_lengths(lengths, capacity) == pack_lengths(list(lengths), capacity)
 
 
+def test_an_example_goes_where_it_leaves_least_space() -> None:
+    # Into the emptiest bin instead, the 3 would go beside the 6, and the last 2 would need a third bin.
+    assert pack_lengths([7, 6, 3, 2, 2], 10) == [[0, 2], [1, 3, 4]]
+
+
 def test_lengths_as_of_text_fill_more_than_99_percent() -> None:
     rng = random.Random(0)
     lengths = [min(int(rng.lognormvariate(5, 0.8)) + 1, 2048) for _ in range(20_000)]
