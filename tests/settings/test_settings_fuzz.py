@@ -59,7 +59,7 @@ def check(config: bytes, recipe: bytes, overrides: list[str]) -> None:
         assert len(str(problem).splitlines()) == 2, str(problem)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(text=st.text(alphabet=st.sampled_from("ab:-[]{}#&*!|>'\"%@`,? \n\t$0.~<"), max_size=60))
 def test_any_text_gives_settings_or_a_config_error(text: str) -> None:
     check(text.encode(), text.encode(), [text, f"train.seed={text}"])
@@ -71,13 +71,13 @@ def test_any_bytes_give_settings_or_a_config_error(content: bytes) -> None:
     check(content, content, [])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(config=trees, recipe=trees)
 def test_any_tree_gives_settings_or_a_config_error(config: Any, recipe: Any) -> None:
     check(yaml.safe_dump(config).encode(), yaml.safe_dump(recipe).encode(), [])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(changes=st.lists(st.tuples(st.sampled_from(DOTTED), trees), min_size=1, max_size=4))
 def test_any_value_at_any_key_gives_settings_or_a_config_error(changes: list[tuple[str, Any]]) -> None:
     overrides = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in changes]

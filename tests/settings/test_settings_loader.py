@@ -309,3 +309,30 @@ def test_verbose_writes_the_resolved_settings(recipe_file: Path, capsys: pytest.
     assert "max_steps: 100" in captured.err
     load_recipe(recipe_file)
     assert capsys.readouterr().err == ""
+
+
+def test_a_problem_is_two_lines_without_control_characters_whatever_the_file_holds(write: Writer) -> None:
+    path = write(RECIPE + 'loss: {scale: "a\\nb\\e[31m"}\n"x\\ny": 1\ndata_: ["\\r"]\n')
+    for problem in problems_of(lambda: load_recipe(path)):
+        lines = str(problem).splitlines()
+        assert len(lines) == 2
+        assert all(line.isprintable() for line in lines)
+
+
+def test_a_message_reads_place_key_rule_value_remedy(write: Writer, recipe_file: Path) -> None:
+    path = write(RECIPE + "loss: {scale: 0, wmax: 2}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path)
+    assert str(caught.value) == (
+        "2 problems in the settings\n"
+        f"  {path}:3: loss.scale: must be above 0 (found 0)\n"
+        "    remedy: expected number (> 0), default 1\n"
+        f"  {path}:3: loss.wmax: is not a known key (found 2)\n"
+        "    remedy: did you mean loss.w_max?"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe_file, overrides=["loss.scale=0"])
+    assert str(caught.value).splitlines()[:2] == [
+        "1 problem in the settings",
+        "  --set loss.scale: must be above 0 (found 0)",
+    ]

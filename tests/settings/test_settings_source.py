@@ -71,6 +71,7 @@ def test_every_value_knows_its_line() -> None:
         ("? [a]\n: x\n", "has the key a list or section, which is not text", 1),
         ("a: !!python/object:os.system x\n", "has a tag that is not plain data", 1),
         ("a: !own {b: 1}\n", "has a tag that is not plain data", 1),
+        ("a: !own ${HOME:-}\n", "has a tag that is not plain data", 1),
         ("a: !!set {b}\n", "has a tag that is not plain data", 1),
         ("a: !!int x\n", "cannot be read as int", 1),
         (f"a: {'9' * 5000}\n", "cannot be read as int", 1),

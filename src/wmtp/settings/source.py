@@ -182,7 +182,7 @@ class _Reader:
                 text = substitute(raw, self.environment)
             except SubstitutionError as error:
                 return self.fail(path, line, error.rule, error.remedy)
-            tag = _resolve_tag(text)
+            tag = _resolve_tag(text) if tag == f"{_TAG}str" else tag
             shown_line = line if self.has_lines else None
             self.document.origins[path] = Origin(self.document.file, shown_line, template=raw, text=text)
         try:
