@@ -19,7 +19,7 @@ from wmtp.exceptions import WmtpError
 
 app = typer.Typer(
     name="wmtp",
-    help="Weighted multi-token prediction: train, evaluate and compare models that predict several tokens at once.",
+    help="Weighted multi-token prediction: train and evaluate models that predict several tokens at once.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -46,7 +46,10 @@ def run_command(command: Callable[..., None]) -> None:
 
 
 def run_app(application: typer.Typer, arguments: Sequence[str] | None) -> None:
-    """Run a Typer application; exit codes: 0 done, 2 bad input, 3 diverged, 4 interrupted and saved, 1 other."""
+    """Run a Typer application.
+
+    Exit codes: 0 done, 2 bad input, 3 diverged, 4 interrupted and saved, 1 anything else.
+    """
     console = Console(stderr=True)
     configure_logging(console)
     try:
@@ -61,7 +64,7 @@ def run_app(application: typer.Typer, arguments: Sequence[str] | None) -> None:
         show_error(console, error)
         sys.exit(error.exit_code)
     except Exception:
-        console.print(Text(traceback.format_exc()))
+        console.print(Text(traceback.format_exc()), soft_wrap=True)
         console.print("this is a bug in WMTP: please report it with the lines above", style="red")
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)

@@ -26,8 +26,12 @@ def evaluate(
     checkpoint: Annotated[
         str, typer.Option(help="Run folder, step-N folder, export or model id.", show_default=False)
     ],
-    datasets: Annotated[str | None, typer.Option(help="Benchmarks, separated by commas; default: eval.datasets.")] = None,
-    types: Annotated[str | None, typer.Option(help="Evaluation types, separated by commas; default: eval.types.")] = None,
+    datasets: Annotated[
+        str | None, typer.Option(help="Benchmarks, separated by commas; default: eval.datasets.")
+    ] = None,
+    types: Annotated[
+        str | None, typer.Option(help="Evaluation types, separated by commas; default: eval.types.")
+    ] = None,
     run_name: RunNameOption = None,
     tags: TagsOption = None,
     dry_run: DryRunOption = False,
@@ -41,7 +45,9 @@ def evaluate(
     from wmtp.settings import load_settings
 
     chosen = [
-        f"eval.{key}=[{value}]" for key, value in (("datasets", datasets), ("types", types)) if value is not None
+        f"eval.{key}=[{value}]"
+        for key, value in (("datasets", datasets), ("types", types))
+        if value is not None
     ]
     settings = load_settings(config, recipe, overrides=[*(overrides or []), *chosen])
     if verbose:

@@ -7,19 +7,29 @@ from typing import Annotated
 
 import typer
 
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="Where it runs (YAML).", show_default=False)]
+ConfigOption = Annotated[
+    Path, typer.Option("--config", "-c", help="Where it runs (YAML).", show_default=False)
+]
 RecipeOption = Annotated[Path, typer.Option("--recipe", "-r", help="What is run (YAML).", show_default=False)]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override one setting, such as optim.lr=1e-4; may be repeated.", metavar="KEY=VALUE"),
+    typer.Option(
+        "--set", help="Override one setting, such as optim.lr=1e-4; may be repeated.", metavar="KEY=VALUE"
+    ),
 ]
-RunNameOption = Annotated[str | None, typer.Option(help="Name of the run's folders; default: algorithm, data, time.")]
+RunNameOption = Annotated[
+    str | None, typer.Option(help="Name of the run's folders; default: algorithm, data, time.")
+]
 TagsOption = Annotated[str | None, typer.Option(help="Tags of the MLflow run, separated by commas.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Build everything, run one batch, write nothing.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Build everything, run one batch, write nothing.")
+]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Print the settings in force.")]
 UnsafeOption = Annotated[
     bool,
-    typer.Option("--unsafe-execution", help="Run generated programs without a sandbox, with process limits alone."),
+    typer.Option(
+        "--unsafe-execution", help="Run generated programs without a sandbox, with process limits alone."
+    ),
 ]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let models run code that comes with them.")

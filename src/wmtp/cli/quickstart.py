@@ -11,11 +11,13 @@ from wmtp.cli.options import UnsafeOption
 
 
 def quickstart(
-    output: Annotated[Path, typer.Option(help="Folder for models, reports and tracking.")] = Path("runs/quickstart"),
+    output: Annotated[Path, typer.Option(help="Folder for models, reports and tracking.")] = Path(
+        "runs/quickstart"
+    ),
     seed: Annotated[int, typer.Option(help="Seed of data order and initialisation.")] = 0,
     unsafe_execution: UnsafeOption = False,
 ) -> None:
-    """Train baseline, critic and rho1 on MicroCode, run what they write, and report: a few minutes on two cores."""
+    """Train baseline, critic and rho1 on MicroCode, run what they write, and report; takes minutes."""
     from wmtp.cli.summary import print_quickstart
     from wmtp.pipelines import RunOptions, run_quickstart
 

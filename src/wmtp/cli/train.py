@@ -25,7 +25,9 @@ def train(
     recipe: RecipeOption,
     run_name: RunNameOption = None,
     tags: TagsOption = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; the same as --set train.max_steps=N.")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps; the same as --set train.max_steps=N.")
+    ] = None,
     resume: Annotated[str | None, typer.Option(help="Run folder or step-N folder to go on from.")] = None,
     dry_run: DryRunOption = False,
     overrides: SetOption = None,

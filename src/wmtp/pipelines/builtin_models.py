@@ -27,10 +27,11 @@ def builtin_recipe(path: str) -> Recipe:
 
 
 def prepare_builtin_model(path: str, config: Config, *, dry_run: bool, options: RunOptions) -> str:
-    """Replace the name of a trained built-in model by the folder it is in; train it where it is not there yet.
+    """Replace the name of a trained built-in model by the folder it is in; train it where it is not there
+    yet.
 
-    It goes to `<paths.output>/models/<name>/final`, like any run. A dry run writes nothing, so there an untrained model
-    of the same shape takes its place.
+    It goes to `<paths.output>/models/<name>/final`, like any run. A dry run writes nothing, so there an
+    untrained model of the same shape takes its place.
     """
     if path not in _TRAINED:
         return path

@@ -62,8 +62,9 @@ def prepare_critic(
 ) -> Critic:
     """Reward programs, then train a value head on them, or load the one the recipe names.
 
-    Programs and value head are kept in `folder`, and a resumed run takes both from there. The rewards of training programs also go to the features of `data`, for the auxiliary value loss of stage 2;
-    held-out programs get none.
+    Programs and value head are kept in `folder`, and a resumed run takes both from there. The rewards of
+    training programs also go to the features of `data`, for the auxiliary value loss of stage 2; held-out
+    programs get none.
     """
     programs_file = folder / "programs.jsonl"
     if is_resumed:

@@ -71,9 +71,7 @@ def prepare_data(
         train.extend(loader.load(find_dataset(config, source), split="train"))
     for source in recipe.data.eval.sources:
         held_out.extend(
-            loader.load(
-                find_dataset(config, source), split="validation", limit=recipe.data.eval.max_examples
-            )
+            loader.load(find_dataset(config, source), split="validation", limit=recipe.data.eval.max_examples)
         )
     if not recipe.data.eval.sources:
         num_held_out = min(int(_HOLDOUT_SHARE * len(train)), recipe.data.eval.max_examples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from dataclasses import dataclass
@@ -83,7 +84,10 @@ def run_paths(config: Config, run_name: str) -> RunPaths:
             remedy="use letters, digits, '.', '_' and '-', starting with a letter or digit",
         )
     kind, resolved = PathResolver().resolve(config.paths.output)
-    if kind != "local":
+    if kind == "hub":
+        # `runs/mine` has the form of a hub id, but nothing can be written to the hub.
+        resolved = os.path.abspath(config.paths.output)
+    elif kind != "local":
         raise UserInputError(
             f"paths.output {config.paths.output!r} is not a local folder", remedy="give a local folder"
         )
@@ -103,9 +107,10 @@ def _select_device(accelerator: str) -> torch.device:
     if accelerator == "auto":
         return torch.device(next(name for name, is_there in available.items() if is_there))
     if not available[accelerator]:
+        usable = ", ".join(name for name, is_there in available.items() if is_there)
         raise UserInputError(
             f"devices.accelerator is {accelerator!r}, which this machine does not have",
-            remedy=f"available: {', '.join(name for name, is_there in available.items() if is_there)}; or auto",
+            remedy=f"available: {usable}; or auto",
         )
     return torch.device(accelerator)
 

@@ -60,7 +60,9 @@ def run_evaluation_pipeline(
     data = prepare_validation(config, recipe, tokenizer, model.horizon)
     tasks = evaluation_tasks(config, recipe)
     if not tasks and "meta-mtp" in recipe.eval.types:
-        raise UserInputError("eval.datasets is empty", remedy="name benchmarks with --datasets or in eval.datasets")
+        raise UserInputError(
+            "eval.datasets is empty", remedy="name benchmarks with --datasets or in eval.datasets"
+        )
     if dry_run:
         return EvaluationOutputs({f"{name}_problems": float(len(rows)) for name, rows in tasks.items()})
 
@@ -74,7 +76,7 @@ def run_evaluation_pipeline(
         run_name=name,
         registry_uri=config.mlflow.registry_uri,
         artifact_location=config.mlflow.artifact_location,
-        tags={"checkpoint": checkpoint_path, **{tag: "true" for tag in options.tags}},
+        tags={"checkpoint": checkpoint_path, **dict.fromkeys(options.tags, "true")},
     )
     status: RunStatus = "failed"
     try:

@@ -6,8 +6,8 @@
                    T tokens of a micro-batch, L layers, H heads, D hidden size, F feed-forward size
     loss         = 2 * chunk * V * 4 bytes, V vocabulary: logits of one chunk and their gradient
 
-The activation term counts what a decoder layer keeps for its backward: inputs of two norms, of four attention and three
-feed-forward matrices, and the attention output; attention itself keeps no S x S matrix.
+The activation term counts what a decoder layer keeps for its backward: inputs of two norms, of four attention
+and three feed-forward matrices, and the attention output; attention itself keeps no S x S matrix.
 """
 
 from __future__ import annotations

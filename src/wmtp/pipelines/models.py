@@ -10,6 +10,7 @@ from wmtp.modeling import MTPModel
 from wmtp.pipelines.environment import Environment
 from wmtp.settings import Config, Recipe
 
+
 def load_base(
     config: Config, recipe: Recipe, environment: Environment, path: str, *, trust_remote_code: bool
 ) -> LoadedModel:
@@ -24,9 +25,7 @@ def load_base(
 
 def load_tokenizer(config: Config, recipe: Recipe, base_path: str) -> HfTokenizer:
     """The tokenizer of the recipe, or the one beside the base model."""
-    return ComponentFactory.create_tokenizer(
-        recipe, config, path=recipe.model.tokenizer.path or base_path
-    )
+    return ComponentFactory.create_tokenizer(recipe, config, path=recipe.model.tokenizer.path or base_path)
 
 
 def load_reference(

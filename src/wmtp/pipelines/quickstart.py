@@ -70,7 +70,6 @@ def run_quickstart(output: Path, *, seed: int = 0, options: RunOptions | None = 
             paths.report,
             title="WMTP quickstart: three algorithms on MicroCode",
             runs=report_runs,
-            timings=display.timings,
         )
     return QuickstartOutputs(runs, files.html, time.perf_counter() - began)
 

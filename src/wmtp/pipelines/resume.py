@@ -39,7 +39,8 @@ def load_resume_checkpoint(config: Config, recipe: Recipe, path: str | None) -> 
     """The checkpoint to go on from; None for a fresh run.
 
     Raises:
-        CheckpointError: there is none, it is damaged, it is past `train.max_steps`, or the recipe has changed in a way
+        CheckpointError: there is none, it is damaged, it is past `train.max_steps`, or the recipe has changed
+        in a way
             that would make it another run.
     """
     if path is None:

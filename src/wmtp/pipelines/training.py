@@ -247,7 +247,7 @@ def _open_tracker(
         resume_step=None if checkpoint is None else checkpoint.step,
         registry_uri=mlflow.registry_uri,
         artifact_location=mlflow.artifact_location,
-        tags={tag: "true" for tag in options.tags},
+        tags=dict.fromkeys(options.tags, "true"),
     )
     tracker.log_params({**redacted_dump(config), **redacted_dump(recipe)})
     return tracker

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from wmtp.components.loader import MICRO_BASE, MICRO_LLAMA, MICRO_REFERENCE
 from wmtp.components.tokenizer import HfTokenizer
-from wmtp.execution import check_sandbox
 from wmtp.exceptions import UserInputError, WmtpError
+from wmtp.execution import check_sandbox
 from wmtp.factory import ComponentFactory
 from wmtp.pipelines.memory import estimate_memory
 from wmtp.pipelines.models import load_tokenizer, same_vocabulary

@@ -1,8 +1,8 @@
 """What a scorer is given, what it returns, and how its scores become weights.
 
-A scorer says how much each token of the text matters. It does not know about heads, horizons or accumulation: the
-weighting (`wmtp.components.trainer.weighting`) collects the scores of a whole optimizer step, asks the scorer to
-turn them into weights, and spreads these over the heads.
+A scorer says how much each token of the text matters. It does not know about heads, horizons or accumulation:
+the weighting (`wmtp.components.trainer.weighting`) collects the scores of a whole optimizer step, asks the
+scorer to turn them into weights, and spreads these over the heads.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class TokenScores:
 
     Attributes:
         values: fp32, [B,S] indexed by token (entry t is about token t), or [H] for `head_factors`.
-        kind: `scores` go through the whole pipeline; `weights` are rescaled to mean 1, without softmax and clip;
+        kind: `scores` go through the whole pipeline; `weights` are rescaled to mean 1, without softmax and
+        clip;
             `head_factors` multiply the heads' weights last, outside mean and clip.
     """
 

@@ -17,8 +17,8 @@ from wmtp.settings import Recipe
 class CriticScorer(Scorer):
     """Scores a token by the value after it, or by the change of value it made (`critic.score`).
 
-    `strength` is max(0, 2 * AUC - 1) on held-out programs where `critic.strength` is `calibrated`; whoever measures
-    the AUC sets it.
+    `strength` is max(0, 2 * AUC - 1) on held-out programs where `critic.strength` is `calibrated`; whoever
+    measures the AUC sets it.
     """
 
     def __init__(self, recipe: Recipe) -> None:

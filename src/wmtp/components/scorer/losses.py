@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wmtp.components.data.examples import IGNORE_INDEX, Batch
+from wmtp.components.data.examples import Batch
 from wmtp.modeling import MTPModel
-from wmtp.objectives import index_by_token, shift_labels, token_cross_entropy
+from wmtp.objectives import IGNORE_INDEX, index_by_token, shift_labels, token_cross_entropy
 
 
 def token_losses(model: MTPModel, hidden_BSD: Tensor, batch: Batch, needed_BS: Tensor) -> Tensor:

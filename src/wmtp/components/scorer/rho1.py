@@ -1,6 +1,7 @@
 """`rho1-excess-v1`: how far the model is behind a reference model on each token.
 
-Lin et al., 2024, "Rho-1: Not All Tokens Are What You Need", arXiv:2404.07965, equations 3 to 5, for all heads.
+Lin et al., 2024, "Rho-1: Not All Tokens Are What You Need", arXiv:2404.07965, equations 3 to 5, for all
+heads.
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ class BaseWmtpTrainer(Component[TrainerContext, TrainResult]):
         raise NotImplementedError(f"{type(self).__name__} has no auxiliary loss")
 
     def _steps(self, run: TrainingRun) -> Iterator[list[Batch]]:
-        """The micro-batches of each remaining step, fetched before the step begins and moved to the device."""
+        """The micro-batches of each remaining step, on the device, fetched before the step begins."""
         per_step = run.micro_batches_per_step
         batches = iter(run.context.data.batches(run.step * per_step))
         while run.step < run.max_steps:

@@ -25,15 +25,18 @@ class CriticWmtpTrainer(BaseWmtpTrainer):
     def compute_auxiliary_loss(
         self, batch: Batch, output: MTPOutput, batches: Sequence[Batch]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error of V against its lambda-return, over all tokens of documents with a known reward.
+        """Mean squared error of V against its lambda-return, over all tokens of documents with a known
+        reward.
 
         The mean is over such tokens of the whole step; a step without any adds nothing.
         """
+        if "reward_mask" not in batch:
+            return torch.zeros((), device=output.trunk_BSD.device), {}
         critic = self.recipe.critic
         value_head = self.training_run.context.modules["value_head"]
         assert isinstance(value_head, ValueHead)
         values_BS = value_head(output, into_trunk=critic.value_loss_into_trunk)
-        count = torch.stack([b["reward_mask"].sum() for b in batches]).sum().clamp(min=1)
+        count = torch.stack([b["reward_mask"].sum() for b in batches if "reward_mask" in b]).sum()
         error_BS = value_errors(batch, values_BS, gamma=critic.gamma, lam=critic.lambda_)
         loss = error_BS.square().sum() / count
         return critic.value_loss_coef * loss, {"critic/value_loss": loss.detach()}

@@ -8,4 +8,4 @@ from wmtp.components.trainer.base import BaseWmtpTrainer
 
 @trainer_registry.register("rho1-wmtp", version="1.0.0", description="weights from excess loss (Rho-1)")
 class Rho1WmtpTrainer(BaseWmtpTrainer):
-    """Weights from the loss in excess of a reference's (Lin et al., 2024, arXiv:2404.07965), for all heads."""
+    """Weights from the loss in excess of a reference's (Lin et al., 2024, arXiv:2404.07965)."""

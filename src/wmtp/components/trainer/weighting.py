@@ -12,10 +12,11 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from wmtp.components.data.examples import IGNORE_INDEX, Batch
+from wmtp.components.data.examples import Batch
 from wmtp.components.scorer.base import Scorer, TokenScores
 from wmtp.exceptions import UserInputError
 from wmtp.objectives import (
+    IGNORE_INDEX,
     ScoreStatistics,
     blend_strength,
     index_by_token,

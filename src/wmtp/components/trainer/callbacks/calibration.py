@@ -23,7 +23,8 @@ _WEAK_STRENGTH = 0.1
 class CriticCallback(Callback):
     """Measures the value head on held-out programs every `every_steps` updates and logs what it finds.
 
-    With `is_calibrated`, the scorer's strength becomes max(0, 2 * AUC - 1): a blind critic trains like the baseline.
+    With `is_calibrated`, the scorer's strength becomes max(0, 2 * AUC - 1): a blind critic trains like the
+    baseline.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class CriticCallback(Callback):
         self.latest: CriticQuality | None = None
 
     def on_step_start(self, run: TrainingRun) -> None:
-        """Measure before the first step and then regularly; a resumed run measures where the first one would."""
+        """Measure before the first step and then regularly, a resumed run at the same steps."""
         if run.step % self.every_steps == 0:
             self._measure(run)
 
@@ -58,8 +59,8 @@ class CriticCallback(Callback):
             self.scorer.strength = quality.strength
             if quality.strength < _WEAK_STRENGTH:
                 logger.warning(
-                    "step %d: the critic separates right from wrong programs with AUC %.2f only; its weights are "
-                    "used at strength %.2f, so this trains like the baseline",
+                    "step %d: the critic separates right from wrong programs with AUC %.2f only; its "
+                    "weights are used at strength %.2f, so this trains like the baseline",
                     run.step,
                     quality.auc,
                     quality.strength,

@@ -74,10 +74,7 @@ class MetricsCallback(Callback):
             "train/loss": _mean([result.loss for result in results]),
             "train/ce_mean": float(ce_sum_H.sum() / num_targets_H.sum().clamp(min=1)),
             **{f"train/ce_head_{head}": ce for head, ce in enumerate(ce_H)},
-            **{
-                name: _mean([result.metrics[name] for result in results])
-                for name in results[0].metrics
-            },
+            **{name: _mean([result.metrics[name] for result in results]) for name in results[0].metrics},
             "train/valid_token_ratio": float(num_targets_H[0])
             / sum(result.num_padded_tokens for result in results),
             "train/lr": run.context.optimizer.scheduler.get_last_lr()[0],

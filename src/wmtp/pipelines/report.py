@@ -1,0 +1,177 @@
+"""From what a run left to the data of its report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+from torch import Tensor
+
+from wmtp.components.data.examples import Batch
+from wmtp.components.evaluator import EvaluationResult
+from wmtp.components.evaluator.base import evaluation_mode
+from wmtp.components.trainer import BaseWmtpTrainer
+from wmtp.components.trainer.base import to_device
+from wmtp.objectives import IGNORE_INDEX, shift_labels, token_cross_entropy
+from wmtp.pipelines.environment import RunPaths
+from wmtp.pipelines.outputs import EvaluationOutputs
+from wmtp.reporting import ProgramSample, ReportRun, Score, TokenView, write_report
+from wmtp.settings import Config, Recipe, redacted_dump
+from wmtp.tracking import read_metrics
+
+if TYPE_CHECKING:
+    from wmtp.pipelines.training import RunParts
+
+_NUM_VIEWS = 2
+# Weights are relative to the batch they are normalised over, so the shown texts are weighed among others.
+_NUM_VIEW_EXAMPLES = 32
+_NUM_SAMPLES = 6
+
+
+def report_training(
+    config: Config,
+    recipe: Recipe,
+    paths: RunPaths,
+    trainer: BaseWmtpTrainer,
+    parts: RunParts,
+    evaluation: EvaluationOutputs,
+    metrics: dict[str, float],
+    timings: dict[str, float],
+) -> tuple[ReportRun, Path]:
+    """Write the report of a training run to `reports/<run>/`."""
+    run = ReportRun(
+        name=paths.name,
+        algo=recipe.train.algo,
+        scores=_scores(evaluation.results),
+        metrics=metrics,
+        history=read_metrics(paths.metrics_file),
+        token_views=token_views(trainer, parts),
+        samples=_samples(evaluation.results),
+        settings_yaml=_settings_yaml(config, recipe),
+        timings=timings,
+        notes=_notes(evaluation),
+    )
+    return run, write_report(paths.report, title=f"WMTP run {paths.name}", runs=[run]).html
+
+
+def report_evaluation(
+    config: Config, recipe: Recipe, paths: RunPaths, checkpoint: str, evaluation: EvaluationOutputs
+) -> Path:
+    """Write the report of an evaluation to `reports/<run>/`."""
+    run = ReportRun(
+        name=paths.name,
+        algo=recipe.train.algo,
+        scores=_scores(evaluation.results),
+        metrics=evaluation.metrics,
+        samples=_samples(evaluation.results),
+        settings_yaml=_settings_yaml(config, recipe),
+        notes=[f"Evaluated: {checkpoint}", *_notes(evaluation)],
+    )
+    return write_report(paths.report, title=f"WMTP evaluation {paths.name}", runs=[run]).html
+
+
+def token_views(trainer: BaseWmtpTrainer, parts: RunParts) -> list[TokenView]:
+    """Training examples with the weight the finished run gives each token, and the loss of every head on it.
+
+    The examples are the first of the data, so all algorithms on the same data show the same texts.
+    """
+    context = trainer.training_run.context
+    batch = to_device(parts.data.collator(list(parts.data.features[:_NUM_VIEW_EXAMPLES])), context.device)
+    with evaluation_mode(context.model):
+        output = trainer.training_run.train_step.forward(batch)
+        weights = trainer.compute_head_weights([batch], [output])
+        ce_BSH = _losses_by_token(trainer, batch, output.hidden_BSHD)
+    views = []
+    for row in range(min(_NUM_VIEWS, len(parts.data.features))):
+        num_tokens = int(batch["attention_mask"][row].sum())
+        ids = batch["input_ids"][row, :num_tokens].tolist()
+        is_target = (batch["token_labels"][row, :num_tokens] != IGNORE_INDEX).tolist()
+        row_weights: list[float] = (
+            [1.0] * num_tokens if weights is None else weights.token_weight_BS[0][row, :num_tokens].tolist()
+        )
+        views.append(
+            TokenView(
+                title=f"Training example {parts.data.features[row].get('row_id', row)}",
+                tokens=[parts.tokenizer.tokenizer.decode([token_id]) for token_id in ids],
+                weights=[
+                    weight if target and position > 0 else None
+                    for position, (weight, target) in enumerate(zip(row_weights, is_target, strict=True))
+                ],
+                ce=[[None if value < 0 else value for value in token] for token in ce_BSH[row][:num_tokens]],
+            )
+        )
+    return views
+
+
+def _losses_by_token(trainer: BaseWmtpTrainer, batch: Batch, hidden_BSHD: Tensor) -> list[list[list[float]]]:
+    """Cross entropy of each head on each token, [B][S][H] by token; -1 where a head has none."""
+    model = trainer.training_run.context.model
+    labels_BSH = shift_labels(
+        batch["token_labels"], model.horizon, document_ids_BS=batch["document_ids"], offsets=model.offsets
+    )
+    by_token_BSH = labels_BSH.new_full(labels_BSH.shape, -1).float()
+    for head, offset in enumerate(model.offsets):
+        labels_BS = labels_BSH[:, :, head]
+        ce_BS = token_cross_entropy(
+            hidden_BSHD[:, :, head],
+            model.unembedding_VD,
+            labels_BS,
+            logit_scale=model.logit_scale,
+            logit_softcap=model.logit_softcap,
+            bias_V=model.unembedding_bias_V,
+        )
+        known_BS = ce_BS.masked_fill(labels_BS == IGNORE_INDEX, -1.0)
+        by_token_BSH[:, offset:, head] = known_BS[:, : known_BS.shape[1] - offset]
+    losses: list[list[list[float]]] = by_token_BSH.tolist()
+    return losses
+
+
+def _scores(results: list[EvaluationResult]) -> list[Score]:
+    return [
+        Score(
+            benchmark=dataset.name,
+            value=interval.mean,
+            k=k,
+            low=interval.low,
+            high=interval.high,
+            num_problems=len(dataset.temperatures[0].problems),
+        )
+        for result in results
+        for dataset in result.datasets.values()
+        for k, interval in dataset.temperatures[0].pass_at.items()
+    ]
+
+
+def _samples(results: list[EvaluationResult]) -> list[ProgramSample]:
+    """Some generated programs, passed and not, as they were saved."""
+    samples = []
+    for result in results:
+        for dataset in result.datasets.values():
+            if dataset.generations is None:
+                continue
+            rows = [json.loads(line) for line in dataset.generations.read_text("utf-8").splitlines()]
+            passed = [row for row in rows if row["passed"]][: _NUM_SAMPLES // 2]
+            other = [row for row in rows if not row["passed"]][: _NUM_SAMPLES - len(passed)]
+            samples += [
+                ProgramSample(
+                    prompt=row["prompt"],
+                    completion=row["completion"],
+                    status=row["status"],
+                    title=row["task_id"],
+                    detail=row["message"],
+                )
+                for row in passed + other
+            ]
+    return samples
+
+
+def _notes(evaluation: EvaluationOutputs) -> list[str]:
+    return [*evaluation.skipped, *(note for result in evaluation.results for note in result.notes)]
+
+
+def _settings_yaml(config: Config, recipe: Recipe) -> str:
+    return yaml.safe_dump(
+        {**redacted_dump(config), **redacted_dump(recipe)}, sort_keys=False, allow_unicode=True
+    )
