@@ -2,7 +2,7 @@
 
 Most mistakes are slips at pitfalls: a few operations that the corpus gets wrong about as often as right,
 always in the same way, as people do with bounds and slices. A model trained on everything learns the slip
-together with the operation; more data of the same kind does not cure that, knowing which tokens to trust does.
+together with the operation. More data of the same kind does not cure that; knowing whom to trust does.
 The other mistakes are spread over all operations: slips elsewhere, constants off by one, the wrong operation,
 steps swapped or left out.
 """

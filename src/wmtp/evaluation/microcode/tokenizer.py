@@ -19,8 +19,8 @@ _PIECES = r"\n[ ]*|\d| ?[A-Za-z_]+| ?[^\sA-Za-z_\d]+|[ ]+"
 def build_tokenizer(vocab_size: int = 512, seed: int = 0) -> PreTrainedTokenizerFast:
     """Train the tokenizer from generated problems; the same arguments always give the same tokenizer.
 
-    Every byte is in the vocabulary, so any text round-trips exactly. Numbers are cut into digits. Encoding adds
-    no special tokens: whoever builds training examples places beginning and end.
+    Every byte is in the vocabulary, so any text round-trips exactly. Numbers are cut into digits. Encoding
+    adds no special tokens: whoever builds training examples places beginning and end.
 
     Args:
         vocab_size: tokens in all, special ones included; fewer when the text has no more merges.
