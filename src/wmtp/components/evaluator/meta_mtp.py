@@ -64,11 +64,9 @@ class MetaMtpEvaluator(Component[EvaluatorContext, EvaluationResult]):
                 f"no tasks to evaluate on: { ({name: len(tasks) for name, tasks in context.tasks.items()}) }",
                 remedy="name datasets with tests in eval.datasets",
             )
-        notes = []
         if not context.unsafe_execution:
             _require_sandbox()
-        else:
-            notes.append("Programs ran without a sandbox (--unsafe-execution): a verdict can be forged.")
+        notes: list[str] = []
         metrics: dict[str, float] = {}
         datasets: dict[str, DatasetResult] = {}
         for name, tasks in context.tasks.items():
@@ -205,6 +203,10 @@ class MetaMtpEvaluator(Component[EvaluatorContext, EvaluationResult]):
     def _notes(self, result: DatasetResult) -> list[str]:
         left_out = [k for k in self.settings.k if k not in result.temperatures[0].pass_at]
         notes = []
+        if result.isolation != "bubblewrap":
+            notes.append(
+                f"{result.name}: programs ran without a sandbox (--unsafe-execution): verdicts can be forged."
+            )
         if left_out:
             first = result.temperatures[0]
             notes.append(
