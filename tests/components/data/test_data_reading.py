@@ -165,6 +165,19 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         list_data_files("nosuchscheme://bucket/x")
 
 
+def test_a_place_that_cannot_be_reached_is_said(tmp_path: Path) -> None:
+    loop = tmp_path / "loop.jsonl"
+    loop.symlink_to(loop)
+    with pytest.raises(DataError, match=r"loop.jsonl"):
+        list_data_files(str(loop))
+    vanished = tmp_path / "rows.jsonl"
+    vanished.write_bytes(json_lines(ROWS))
+    (file,) = list_data_files(str(vanished))
+    vanished.unlink()
+    with pytest.raises(DataError, match=r"rows.jsonl: cannot be read after line 0"):
+        list(read_rows(file))
+
+
 def test_bad_rows_fail_at_once_or_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(DataError, match="a:3: no good"):
         BadRows("fail").report("a:3", "no good")

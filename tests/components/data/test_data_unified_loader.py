@@ -140,6 +140,13 @@ def test_streams_read_no_further_than_they_must(tmp_path: Path) -> None:
     assert [next(stream).completion, next(stream).completion] == ["a", "b"]
 
 
+def test_settings_it_does_not_know_are_refused() -> None:
+    with pytest.raises(UserInputError, match="DataLoaderSettings has no field path"):
+        UnifiedDataLoader({"path": "x"})
+    with pytest.raises(UserInputError, match="DataLoaderSettings cannot be made from str"):
+        UnifiedDataLoader("x")  # type: ignore[arg-type]
+
+
 def test_sources_and_splits_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     loader = UnifiedDataLoader()
     with pytest.raises(DataError, match="unknown built-in dataset 'builtin:nothing'"):

@@ -221,7 +221,8 @@ def test_features_do_not_depend_on_the_examples_beside_them() -> None:
 
 
 def test_plain_rows_are_recognised_as_the_loader_does() -> None:
-    rows = [{"text": "return a"}, {"prompt": "a", "completion": "b"}]
+    # Tables give rows of other forms their absent fields as None.
+    rows = [{"text": "return a", "prompt": None}, {"prompt": "a", "completion": "b", "weights": None}]
     results = component().tokenize_dataset(rows)
     assert [PLAIN.decode(targets(result)) for result in results] == ["return a<|end|>", "b<|end|>"]
     with pytest.raises(DataError, match="row 1: the row lacks the fields; found question"):

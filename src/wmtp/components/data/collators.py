@@ -8,11 +8,12 @@ is a target like any other where it stands at the end of a document.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from wmtp.components.data.arguments import settings_of
 from wmtp.components.data.examples import Batch, Bin, Feature
 from wmtp.components.registry import collator_registry
 from wmtp.exceptions import DataError, UserInputError
@@ -30,7 +31,7 @@ class CollatorSettings:
         pad_to_multiple_of: row length is rounded up to this many tokens; None pads to the longest row.
     """
 
-    tokenizer: Any
+    tokenizer: Any = None
     horizon: int = 4
     offsets: Sequence[int] | None = None
     pad_to_multiple_of: int | None = None
@@ -46,19 +47,6 @@ class CollatorSettings:
             raise UserInputError(
                 f"pad_to_multiple_of is {self.pad_to_multiple_of}", remedy="use a positive number or None"
             )
-
-    @classmethod
-    def of(cls, settings: CollatorSettings | Mapping[str, Any]) -> CollatorSettings:
-        """Take settings as they are, or from a mapping whose keys must be known ones."""
-        if isinstance(settings, CollatorSettings):
-            return settings
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(settings) - known)
-        if unknown:
-            raise UserInputError(
-                f"unknown collator settings {unknown}", remedy=f"known ones: {', '.join(sorted(known))}"
-            )
-        return cls(**{"tokenizer": None, **settings})
 
     @property
     def padding_id(self) -> int:
@@ -80,7 +68,7 @@ class LMDataCollator:
     """
 
     def __init__(self, settings: CollatorSettings | Mapping[str, Any]) -> None:
-        self.settings = CollatorSettings.of(settings)
+        self.settings = settings_of(CollatorSettings, settings)
 
     def __call__(self, features: Sequence[Feature | Bin]) -> Batch:
         """Collate features or bins of features.
@@ -110,7 +98,7 @@ class MTPDataCollator:
     """
 
     def __init__(self, settings: CollatorSettings | Mapping[str, Any]) -> None:
-        self.settings = CollatorSettings.of(settings)
+        self.settings = settings_of(CollatorSettings, settings)
 
     def __call__(self, features: Sequence[Feature | Bin]) -> Batch:
         """Collate features or bins of features; as `LMDataCollator`, but `labels` is [B,S,H] long.

