@@ -14,7 +14,15 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from wmtp.exceptions import UserInputError
-from wmtp.tracking import CompositeTracker, MetricsFile, TrackingWarning, create_tracker, read_metrics
+from wmtp.settings import Config
+from wmtp.tracking import (
+    CompositeTracker,
+    MetricsFile,
+    TrackingWarning,
+    create_mlflow_manager,
+    create_tracker,
+    read_metrics,
+)
 from wmtp.tracking.mlflow_tracker import MLflowManager, resolve_tracking_uri
 
 
@@ -265,3 +273,13 @@ def test_a_resumed_tracker_continues_both_records(store: Path, tmp_path: Path) -
         second.finish()
     assert second.run_id == first.run_id
     assert [row["step"] for row in read_metrics(tmp_path / "run/metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_config_gives_the_tracker_it_describes(store: Path, tmp_path: Path) -> None:
+    config = Config.model_validate({"paths": {"output": str(tmp_path / "runs")}})
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(store, tmp_path / "runs/mlflow")
+    manager = create_mlflow_manager(config)
+    assert manager.tracking_uri == f"sqlite:///{tmp_path}/runs/mlflow/mlflow.db"
+    config = Config.model_validate({"mlflow": {"tracking_uri": str(store)}})
+    assert create_mlflow_manager(config, experiment="e").tracking_uri == f"sqlite:///{store}/mlflow.db"

@@ -152,7 +152,9 @@ def find_latest_valid(run_dir: str | os.PathLike[str]) -> tuple[Path | None, lis
     """
     run_dir = Path(run_dir)
     skipped = [
-        (path, "left by a save that did not finish") for path in _folders(run_dir) if _leftover_kind(path) == "tmp"
+        (path, "left by a save that did not finish")
+        for path in _folders(run_dir)
+        if _leftover_kind(path) == "tmp"
     ]
     # A folder whose manifest cannot be read has no sequence number: its step decides what it would have come
     # before.

@@ -24,8 +24,8 @@ NUM_COLORS = 6
 # (offset, lengths drawn and left out): lines differ by more than their colour. The first is solid.
 _DASHES: tuple[tuple[float, tuple[float, ...]], ...] = (
     (0, (1, 0)),
-    (0, (5, 1.6)),
-    (0, (1.2, 1.2)),
+    (0, (4.5, 1.4)),
+    (0, (1.6, 0.9)),
     (0, (6, 1.5, 1.2, 1.5)),
     (0, (3, 1)),
     (0, (8, 2)),
@@ -33,6 +33,7 @@ _DASHES: tuple[tuple[float, tuple[float, ...]], ...] = (
 # The same dashes for the legend of the page, in units of its SVG.
 SVG_DASHES = tuple(" ".join(str(2 * part) for part in lengths) for _, lengths in _DASHES)
 _PALETTE = ("#3f6fb5", "#d9731a", "#2b8a6e", "#a2559c", "#9a7d1f", "#5c6470")
+_TICK_STEPS = [1, 2, 2.5, 5, 10]
 _INK, _GRID = "#4a505a", "#d9dce1"
 # Placeholders in SVG, replaced by the page's CSS variables, so that pictures follow light and dark.
 _SVG_PALETTE = tuple(f"#0000{index + 1:02x}" for index in range(NUM_COLORS))
@@ -72,19 +73,21 @@ def section_png(section: Section, legend: Sequence[str]) -> bytes:
         mpl.lines.Line2D([], [], color=_PALETTE[color % NUM_COLORS], linestyle=_DASHES[color % NUM_COLORS])
         for _, color in section.legend
     ]
+    if not handles:
+        return _png(figure)
     box = figure.legend(handles, [*legend], loc="outside upper left", ncols=3, frameon=False, fontsize=9)
     for text in box.get_texts():
         text.set_parse_math(False)
     return _png(figure)
 
 
-def score_png(table: ScoreTable, names: Sequence[str]) -> bytes:
-    """Draw pass@k of one benchmark as bars with 95% intervals."""
+def score_png(table: ScoreTable, names: Sequence[str], places: Sequence[int]) -> bytes:
+    """Draw pass@k of one benchmark as bars with 95% intervals, with each row's name and palette place."""
     figure = Figure(figsize=(7.4, 0.6 * len(table.rows) + 0.9), dpi=130, layout="constrained")
     axis = figure.subplots()
     positions = range(len(table.rows))
     values = [row.main.value for row in table.rows]
-    colors = [_PALETTE[index % NUM_COLORS] for index in positions]
+    colors = [_PALETTE[place % NUM_COLORS] for place in places]
     axis.barh(positions, values, color=colors, height=0.55)
     for position, row in zip(positions, table.rows, strict=True):
         if row.main.low is not None and row.main.high is not None:
@@ -110,11 +113,11 @@ def _draw_panel(axis: Axes, panel: Panel, colors: _Colors) -> None:
     for series in panel.series:
         place = series.color % NUM_COLORS
         axis.plot(
-            series.steps, series.values, color=colors.palette[place], linestyle=_DASHES[place], linewidth=1.5
+            series.steps, series.values, color=colors.palette[place], linestyle=_DASHES[place], linewidth=1.7
         )
     axis.set_xlabel("step", fontsize=8)
-    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axis.yaxis.set_major_locator(MaxNLocator(5))
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_TICK_STEPS))
+    axis.yaxis.set_major_locator(MaxNLocator(5, steps=_TICK_STEPS))
     _clean(axis, colors, grid_axis="y")
 
 

@@ -43,16 +43,12 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Panels that belong together, with the names of the lines for a legend."""
+    """Panels that belong together, with the names and palette places of lines for a legend, each once."""
 
     title: str
     caption: str
     panels: list[Panel]
-
-    @property
-    def legend(self) -> list[tuple[str, int]]:
-        """Names and palette places of all lines, each once."""
-        return list(dict.fromkeys((line.label, line.color) for panel in self.panels for line in panel.series))
+    legend: list[tuple[str, int]]
 
 
 def curve_sections(runs: Sequence[ReportRun]) -> list[Section]:
@@ -87,7 +83,7 @@ def _loss_section(runs: Sequence[ReportRun]) -> Section:
             "Cross entropy in nats, unweighted unless said otherwise: weighted losses of different "
             "algorithms do not compare. Head h predicts the token h places ahead."
         )
-    return Section("Loss curves", caption, _kept(panels))
+    return _section("Loss curves", caption, panels, runs)
 
 
 def _weight_section(runs: Sequence[ReportRun]) -> Section:
@@ -102,12 +98,12 @@ def _weight_section(runs: Sequence[ReportRun]) -> Section:
     caption = (
         "Token weights of each step. Their mean is 1; uniform weights would have a standard deviation of 0."
     )
-    return Section("Weight statistics", caption, _kept(panels))
+    return _section("Weight statistics", caption, panels, runs)
 
 
 def _helper_section(runs: Sequence[ReportRun]) -> Section:
     titles = {
-        "critic/auc": "Critic: AUC of right against wrong programs",
+        "critic/auc": "Critic: AUC",
         "critic/explained_variance": "Critic: explained variance",
         "critic/value_mean": "Critic: mean value",
         "critic/strength": "Critic: strength",
@@ -116,9 +112,9 @@ def _helper_section(runs: Sequence[ReportRun]) -> Section:
     }
     panels = [_by_run(title, runs, name) for name, title in titles.items()]
     caption = (
-        "Where the weights come from. A critic with an AUC of 0.5 cannot tell right from wrong programs."
+        "Where the weights come from. AUC: how well the critic tells right from wrong programs (chance: 0.5)."
     )
-    return Section("Critic and reference", caption, _kept(panels))
+    return _section("Critic and reference", caption, panels, runs)
 
 
 def _by_run(
@@ -167,5 +163,9 @@ def _numbers(runs: Sequence[ReportRun], prefix: str) -> list[int]:
     return sorted(int(match[1]) for match in map(found.match, names) if match is not None)
 
 
-def _kept(panels: Sequence[Panel]) -> list[Panel]:
-    return [panel for panel in panels if panel.series]
+def _section(title: str, caption: str, panels: Sequence[Panel], runs: Sequence[ReportRun]) -> Section:
+    kept = [panel for panel in panels if panel.series]
+    # With one run a line that is alone in its panel needs no name: the panel's title says what it is.
+    named = [panel for panel in kept if len(runs) > 1 or len(panel.series) > 1]
+    legend = list(dict.fromkeys((line.label, line.color) for panel in named for line in panel.series))
+    return Section(title, caption, kept, legend)

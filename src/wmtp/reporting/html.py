@@ -13,13 +13,14 @@ from wmtp.reporting.curves import Section, curve_sections
 from wmtp.reporting.data import ProgramSample, ReportRun, TokenView
 from wmtp.reporting.summary import (
     ScoreTable,
+    finding_table,
     headline,
     interval_text,
     metric_table,
     score_tables,
     timing_table,
 )
-from wmtp.reporting.text import format_duration, format_number, format_percent, visible
+from wmtp.reporting.text import format_percent, visible
 from wmtp.reporting.tokens import heaviest_tokens, shaded_tokens
 
 
@@ -40,8 +41,6 @@ def render_html(title: str, runs: Sequence[ReportRun]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = format_percent
-    environment.filters["number"] = format_number
-    environment.filters["duration"] = format_duration
     environment.filters["visible"] = visible
     return environment.get_template("report.html.j2").render(
         title=title,
@@ -52,6 +51,7 @@ def render_html(title: str, runs: Sequence[ReportRun]) -> str:
         views=[_view(run, view) for run in runs for view in run.token_views],
         samples=[(run, sample, _verdict(sample)) for run in runs for sample in run.samples],
         metrics=metric_table(runs),
+        findings=finding_table(runs),
         timings=timing_table(runs),
         has_notes=any(run.notes for run in runs),
         dashes=SVG_DASHES,

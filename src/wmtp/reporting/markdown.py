@@ -15,7 +15,7 @@ from wmtp.reporting.summary import (
     score_tables,
     timing_table,
 )
-from wmtp.reporting.text import format_duration, format_percent, visible
+from wmtp.reporting.text import format_percent, visible
 from wmtp.reporting.tokens import heaviest_tokens, tokens_as_lines
 
 
@@ -60,7 +60,7 @@ def _scores(table: ScoreTable) -> list[str]:
     header = ["Run", *(f"pass@{k}" for k in table.ks), "95% interval", "Problems"]
     rows = []
     for row in table.rows:
-        name = _cell(row.run.name)
+        name = _escape(row.run.name)
         values = [format_percent(row.by_k[k].value) if k in row.by_k else "" for k in table.ks]
         problems = "" if row.main.num_problems is None else str(row.main.num_problems)
         rows.append([f"**{name}**" if row.is_best else name, *values, interval_text(row.main), problems])
@@ -80,19 +80,16 @@ def _sample(run: ReportRun, sample: ProgramSample) -> list[str]:
 
 
 def _times_metrics_settings(runs: Sequence[ReportRun]) -> list[str]:
-    names = [_cell(run.name) for run in runs]
+    names = [_escape(run.name) for run in runs]
     lines: list[str] = []
-    timings = timing_table(runs)
-    if timings:
-        rows = [
-            [_cell(phase), *("" if cell is None else format_duration(cell) for cell in cells)]
-            for phase, cells in timings
-        ]
-        lines += ["## Time", "", *_table(["Phase", *names], rows), ""]
-    metrics = metric_table(runs)
-    if metrics:
-        rows = [[_cell(name), *cells] for name, cells in metrics]
-        lines += ["## All metrics", "", *_table(["Metric", *names], rows), ""]
+    parts = (
+        ("Time", "Phase", timing_table(runs)),
+        ("All metrics", "Metric", metric_table(runs)),
+    )
+    for title, kind, table in parts:
+        if table:
+            rows = [[_escape(name), *cells] for name, cells in table]
+            lines += [f"## {title}", "", *_table([kind, *names], rows), ""]
     for run in runs:
         if run.settings_yaml:
             lines += [
@@ -130,7 +127,3 @@ def _code(text: str) -> str:
 def _escape(text: str) -> str:
     one_line = " ".join(visible(text).split())
     return re.sub(r"([\\`*_\[\]<>#|~$&])", r"\\\1", one_line)
-
-
-def _cell(text: str) -> str:
-    return _escape(text)

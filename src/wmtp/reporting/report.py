@@ -44,7 +44,9 @@ def write_report(folder: str | os.PathLike[str], title: str, runs: Sequence[Repo
     pictures: list[tuple[str, Path]] = []
     for index, table in enumerate(score_tables(runs)):
         path = figures / f"pass_rate_{index + 1}.png"
-        path.write_bytes(score_png(table, picture_names([row.run.name for row in table.rows])))
+        labels = picture_names([row.run.name for row in table.rows])
+        places = [names.index(row.run.name) for row in table.rows]
+        path.write_bytes(score_png(table, labels, places))
         values = ", ".join(f"{row.run.name} {format_percent(row.main.value)}" for row in table.rows)
         pictures.append((f"pass@{table.ks[0]} on {table.benchmark}: {values}", path))
     sections = curve_sections(runs)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from wmtp.reporting.data import ReportRun, Score
-from wmtp.reporting.text import format_number, format_percent
+from wmtp.reporting.text import format_duration, format_number, format_percent
 
 BASELINE_ALGO = "baseline-mtp"
 
@@ -66,7 +66,7 @@ def headline(runs: Sequence[ReportRun]) -> Headline:
         other, remark = baseline, ""
     against = f"{format_percent(other.main.value)} for {other.run.name}"
     conclusion = f"{best.run.name} solves most: {solves}, against {against}."
-    return Headline(conclusion, remark + _compare(best, other) + _describe(best.main))
+    return Headline(conclusion, remark + _compare(best, other))
 
 
 def metric_table(runs: Sequence[ReportRun]) -> list[tuple[str, list[str]]]:
@@ -78,14 +78,25 @@ def metric_table(runs: Sequence[ReportRun]) -> list[tuple[str, list[str]]]:
     ]
 
 
-def timing_table(runs: Sequence[ReportRun]) -> list[tuple[str, list[float | None]]]:
-    """Seconds per phase, phases in order of first appearance, with the total last where there are several."""
+def finding_table(runs: Sequence[ReportRun]) -> list[tuple[str, list[str]]]:
+    """The final metrics that are results of their own: all but the curves' last values and pass@k."""
+    return [
+        (name, cells)
+        for name, cells in metric_table(runs)
+        if not name.startswith(("train/", "val/")) and "_pass_at_" not in name
+    ]
+
+
+def timing_table(runs: Sequence[ReportRun]) -> list[tuple[str, list[str]]]:
+    """Time per phase, phases in order of first appearance, with the total last where there are several."""
     phases = list(dict.fromkeys(phase for run in runs for phase in run.timings))
-    rows: list[tuple[str, list[float | None]]] = [
-        (phase, [run.timings.get(phase) for run in runs]) for phase in phases
+    rows = [
+        (phase, [format_duration(run.timings[phase]) if phase in run.timings else "" for run in runs])
+        for phase in phases
     ]
     if len(phases) > 1:
-        rows.append(("Total", [sum(run.timings.values()) if run.timings else None for run in runs]))
+        totals = [format_duration(sum(run.timings.values())) if run.timings else "" for run in runs]
+        rows.append(("Total", totals))
     return rows
 
 
@@ -137,8 +148,12 @@ def _describe(score: Score) -> str:
 
 
 def _compare(best: ScoreRow, other: ScoreRow) -> str:
+    problems = (
+        "" if best.main.num_problems is None else f"pass@{best.main.k} on {best.main.num_problems} problems. "
+    )
     if best.main.low is None or other.main.high is None:
-        return ""
+        return problems.rstrip()
+    intervals = f"Their 95% intervals, {interval_text(best.main)} and {interval_text(other.main)},"
     if best.main.low > other.main.high:
-        return "Their 95% intervals do not overlap. "
-    return "Their 95% intervals overlap, so the difference may be chance. "
+        return f"{problems}{intervals} do not overlap."
+    return f"{problems}{intervals} overlap, so the difference may be chance."

@@ -42,7 +42,7 @@ def shaded_tokens(view: TokenView) -> list[ShadedToken]:
     """Prepare a text for showing; a line feed gets a sign, so that its colour is seen."""
     result = []
     for index, (token, weight) in enumerate(zip(view.tokens, view.weights, strict=True)):
-        shown = visible(token).replace("\n", "⏎\n") if weight is not None else visible(token)
+        shown = visible(token).replace("\n", "↵\n") if weight is not None else visible(token)
         result.append(ShadedToken(shown, None if weight is None else shade(weight), _hint(view, index)))
     return result
 
@@ -55,10 +55,7 @@ def heaviest_tokens(view: TokenView, count: int = 8) -> list[tuple[str, float]]:
         if weight is not None
     ]
     weighted.sort(key=lambda item: (-item[0], item[1]))
-    return [
-        (visible(token).replace("\n", "⏎").replace("\t", "⇥"), weight)
-        for weight, _, token in weighted[:count]
-    ]
+    return [(_standalone(token), weight) for weight, _, token in weighted[:count]]
 
 
 def tokens_as_lines(view: TokenView) -> list[str]:
@@ -87,6 +84,12 @@ def tokens_for_terminal(view: TokenView) -> Text:
         style = Style() if token.shade is None else Style(color="white", bgcolor=f"rgb{_blend(token.shade)}")
         result.append(token.text.replace("\t", "    "), style)
     return result
+
+
+def _standalone(token: str) -> str:
+    # On its own a token of blanks would be invisible.
+    shown = visible(token).replace("\n", "↵").replace("\t", "⇥")
+    return shown.replace(" ", "·") if not shown.strip(" ") else shown
 
 
 def _hint(view: TokenView, index: int) -> str:

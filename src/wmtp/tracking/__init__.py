@@ -8,7 +8,7 @@ from wmtp.tracking.base import (
     flatten_params,
     git_commit,
 )
-from wmtp.tracking.composite import CompositeTracker, create_tracker
+from wmtp.tracking.composite import CompositeTracker, create_mlflow_manager, create_tracker
 from wmtp.tracking.console import PhaseDisplay, ProgressDisplay
 from wmtp.tracking.metrics_file import METRICS_FILE_NAME, MetricsFile, read_metrics
 
@@ -21,6 +21,7 @@ __all__ = [
     "RunStatus",
     "Tracker",
     "TrackingWarning",
+    "create_mlflow_manager",
     "create_tracker",
     "experiment_name",
     "flatten_params",

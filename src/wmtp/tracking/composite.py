@@ -10,10 +10,14 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wmtp.tracking.base import RunStatus, Tracker, TrackingWarning
 from wmtp.tracking.metrics_file import METRICS_FILE_NAME, MetricsFile
+
+if TYPE_CHECKING:
+    from wmtp.settings import Config
+    from wmtp.tracking.mlflow_tracker import MLflowManager
 
 _RETRY_S = 60.0
 _MAX_ATTEMPTS = 5
@@ -162,3 +166,30 @@ def create_tracker(
         tags=tags,
     )
     return CompositeTracker(MetricsFile(Path(run_dir) / METRICS_FILE_NAME, resume_step=resume_step), manager)
+
+
+def create_mlflow_manager(
+    config: Config,
+    *,
+    experiment: str = "mtp",
+    run_name: str | None = None,
+    run_id: str | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> MLflowManager:
+    """Build the MLflow tracker that a config describes; without `mlflow.tracking_uri` it is `mlflow/` of the
+    output.
+
+    Raises:
+        UserInputError: the tracking store cannot be used.
+    """
+    from wmtp.tracking.mlflow_tracker import MLflowManager
+
+    return MLflowManager(
+        config.mlflow.tracking_uri or str(Path(config.paths.output) / "mlflow"),
+        experiment=experiment,
+        run_name=run_name,
+        run_id=run_id,
+        registry_uri=config.mlflow.registry_uri,
+        artifact_location=config.mlflow.artifact_location,
+        tags=tags,
+    )
