@@ -127,6 +127,14 @@ def test_file_names_in_a_directory_tell_the_split(tmp_path: Path) -> None:
     assert texts(loader, tmp_path / "dev.jsonl", split="train") == ["dev.jsonl"]
 
 
+def test_a_files_own_name_says_more_than_its_folder(tmp_path: Path) -> None:
+    for name in ("test-suite/train.jsonl", "test-suite/rows.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_rows(tmp_path / name, [{"text": name}])
+    assert texts(UnifiedDataLoader(), tmp_path, split="train") == ["test-suite/train.jsonl"]
+    assert texts(UnifiedDataLoader(), tmp_path, split="test") == ["test-suite/rows.jsonl"]
+
+
 def test_a_directory_without_split_names_is_taken_whole(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         write_rows(tmp_path / name, [{"text": name}])
