@@ -63,6 +63,17 @@ def test_an_unknown_key_is_looked_up_in_other_sections(write: Writer) -> None:
     ]
 
 
+def test_a_similar_key_of_the_same_section_is_suggested_before_all_others(write: Writer) -> None:
+    problem = only(lambda: load_recipe(write(RECIPE + "eval: {batchsize: 1}\n")))
+    assert problem.remedy == "did you mean eval.batch_size?"
+
+
+def test_an_unknown_key_with_a_value_that_cannot_be_read_is_two_problems(write: Writer) -> None:
+    problems = problems_of(lambda: load_recipe(write(RECIPE + "loss:\n  scael: ${NOT_SET_ANYWHERE}\n")))
+    assert [(problem.line, problem.key) for problem in problems] == [(4, "loss.scael")] * 2
+    assert problems[1].remedy == "did you mean loss.scale?"
+
+
 def test_an_unknown_key_like_no_other_lists_the_keys_of_its_section(write: Writer) -> None:
     problem = only(lambda: load_recipe(write(RECIPE + "loss: {zzz: 1}\n")))
     assert problem.remedy.startswith("remove it; loss has: lambda, scale")

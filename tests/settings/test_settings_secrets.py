@@ -33,6 +33,7 @@ SECRET = "hunter2hunter2"
         f"s3:\n  secret_access_key: ${{MISSING:-{SECRET}}}\n  part_size_mib: 0",
         f"s3:\n  region: {SECRET}: x",
         f"s3:\n  secret_access_key: {SECRET}\n  secret_access_key: {SECRET}",
+        f"s3: {{part_size_mib: '${{MISSING:-{SECRET}}}'}}",
         f"hf_token: {SECRET}",
         f"mlflow: {{password: {SECRET}}}",
         f"devices: {{num_threads: 'https://user:{SECRET}@host'}}",

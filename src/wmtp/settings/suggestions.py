@@ -46,7 +46,7 @@ def explain_unknown_key(key: str, schema: type[Section]) -> tuple[str, str]:
 def nearest_keys(key: str, schema: type[Section]) -> list[str]:
     """Return the known keys that `key` most likely stands for, best first.
 
-    Tried in turn: a similar name in the section, the same name in another section, a similar name anywhere.
+    A similar name in the same section comes first, then the same or a similar name in any other.
     """
     section, _, name = key.rpartition(".")
     own = [known for known in list_fields(schema) if known.rpartition(".")[0] == section]
@@ -55,13 +55,9 @@ def nearest_keys(key: str, schema: type[Section]) -> list[str]:
     similar = difflib.get_close_matches(name, by_name, n=1, cutoff=0.7)
     if similar:
         return [by_name[similar[0]]]
-    same = _unique(known for known in others if known.rpartition(".")[2] == name)
-    if same:
-        return same[:_MAX_SUGGESTIONS]
     near = difflib.get_close_matches(name, {known.rpartition(".")[2] for known in others}, n=1, cutoff=0.8)
-    return _unique(known for known in others if near and known.rpartition(".")[2] == near[0])[
-        :_MAX_SUGGESTIONS
-    ]
+    matches = _unique(known for known in others if near and known.rpartition(".")[2] == near[0])
+    return matches[:_MAX_SUGGESTIONS]
 
 
 def nearest_choice(value: object, choices: Iterable[str]) -> str | None:
