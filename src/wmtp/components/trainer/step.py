@@ -117,7 +117,7 @@ class TrainStep:
             for name, value in metrics.items():
                 result.metrics[name] = result.metrics.get(name, 0.0) + value
         total.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
-        result.loss += self.loss.scale * mtp.loss.detach()
+        result.loss = result.loss + self.loss.scale * mtp.loss.detach()
         result.ce_sum_H += mtp.ce_BSH.sum(dim=(0, 1))
         result.num_targets_H += (batch["labels"] != -100).sum(dim=(0, 1))
 
