@@ -139,6 +139,17 @@ def test_plain_text_is_learned_whole() -> None:
     assert result["labels"] == result["input_ids"]
 
 
+def test_a_text_without_prompt_is_tokenised_as_the_tokenizer_does_by_itself() -> None:
+    for tokenizer in (PLAIN, SENTENCEPIECE):
+        result = feature(Example("f:1", "", "return a"), tokenizer)
+        assert result["input_ids"] == [*tokenizer.encode("return a"), tokenizer.eos_token_id]
+
+
+def test_a_single_token_has_nothing_to_predict_it_and_is_dropped() -> None:
+    with pytest.raises(DataError, match="none of 1 examples has a token to learn"):
+        feature(Example("f:1", "", "a"), byte_level(eos=False))
+
+
 def test_the_beginning_is_marked_where_the_tokenizer_does_so_itself() -> None:
     with_bos, without = byte_level(bos=True), byte_level()
     assert feature(ADD, with_bos)["input_ids"][0] == with_bos.bos_token_id
@@ -251,7 +262,8 @@ def test_character_spans_weigh_tokens_by_the_characters_they_hold() -> None:
         lengths = [len(tokenizer.convert_ids_to_tokens([i])[0]) for i in ids]
         total = sum((weight - 1.0) * length for weight, length in zip(weights, lengths, strict=True))
         assert total == pytest.approx(12.0)
-        assert all(w == 1.0 for w in weights[: len(component(tokenizer).encode_prompt(ADD.prompt))])
+        weighted = [i for i, weight in zip(ids, weights, strict=True) if weight != 1.0]
+        assert tokenizer.decode(weighted).strip() == "return"
 
 
 def test_token_weights_must_fit_the_tokens_of_the_text() -> None:
