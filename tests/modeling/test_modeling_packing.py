@@ -134,6 +134,26 @@ def test_document_that_starts_at_a_later_position_keeps_it_and_stays_isolated() 
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_padding_that_only_the_mask_shows_is_not_part_of_the_document(family: str) -> None:
+    model = build_mtp(family)
+    tokens, mask = random_tokens(1, 8), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        padded = model(tokens, attention_mask=mask, document_ids=torch.zeros(1, 8, dtype=torch.long))
+        alone = model(tokens[:, 3:]).hidden_BSHD
+    torch.testing.assert_close(padded.hidden_BSHD[:, 3:], alone, rtol=0, atol=1e-5)
+
+
+def test_positions_given_for_padding_do_not_join_it_to_the_document() -> None:
+    model = build_mtp("gpt2")
+    tokens, ids = random_tokens(1, 8), torch.tensor([[-1, -1, 0, 0, 0, 0, 0, 0]])
+    positions = torch.arange(8)[None]
+    with torch.no_grad():
+        padded = model(tokens, position_ids=positions, document_ids=ids).hidden_BSHD[:, 2:]
+        alone = model(tokens[:, 2:], position_ids=positions[:, 2:]).hidden_BSHD
+    torch.testing.assert_close(padded, alone, rtol=0, atol=1e-5)
+
+
 def test_positions_that_run_on_over_a_boundary_are_refused() -> None:
     with pytest.raises(UserInputError, match="position_ids do not follow document_ids"):
         build_mtp("llama")(
