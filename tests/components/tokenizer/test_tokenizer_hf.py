@@ -263,6 +263,7 @@ def test_character_spans_weigh_tokens_by_the_characters_they_hold() -> None:
         total = sum((weight - 1.0) * length for weight, length in zip(weights, lengths, strict=True))
         assert total == pytest.approx(12.0)
         weighted = [i for i, weight in zip(ids, weights, strict=True) if weight != 1.0]
+        assert len(weighted) == 1
         assert tokenizer.decode(weighted).strip() == "return"
 
 
