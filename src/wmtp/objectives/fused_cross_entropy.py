@@ -27,8 +27,8 @@ from wmtp.objectives.losses import MtpLoss, loss_dtype, pair_coefficients
 # Logits of one chunk. On a CPU they should stay in the last-level cache, and larger buffers come from fresh
 # pages whose first touch costs a third of the matrix product; on a GPU a chunk must be long enough to pay for
 # one pass over the [V, D] gradient.
-_CHUNK_BYTES_CPU = 16 * 2**20
-_CHUNK_BYTES_DEVICE = 2**30
+_CHUNK_BYTES = 16 * 2**20
+_CHUNK_BYTES_CUDA = 2**30
 _MIN_CHUNK_ROWS = 256
 
 
@@ -300,7 +300,7 @@ def _logits_spec(
     if softcap is not None and not softcap > 0:
         raise UserInputError(f"logit_softcap is {softcap}, but must be above 0", remedy="None means no cap")
     if chunk_size is None:
-        budget = _CHUNK_BYTES_CPU if hidden.device.type == "cpu" else _CHUNK_BYTES_DEVICE
+        budget = _CHUNK_BYTES_CUDA if hidden.device.type == "cuda" else _CHUNK_BYTES
         chunk_size = max(_MIN_CHUNK_ROWS, budget // (4 * unembedding_VD.shape[0]))
     if chunk_size < 1:
         raise UserInputError(f"chunk_size is {chunk_size}, but must be at least 1")

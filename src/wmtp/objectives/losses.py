@@ -26,7 +26,7 @@ class MtpLoss(NamedTuple):
     """
 
     loss: Tensor
-    ce_BSH: Tensor  # noqa: N815 - shape suffix
+    ce_BSH: Tensor
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:

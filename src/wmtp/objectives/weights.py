@@ -275,11 +275,11 @@ def finish_weights(
     Rounding a bound to fp32 may step over it (0.7 becomes 0.69999999), so the bounds are rounded inwards.
     """
     dtype = weight_dtype(like)
-    lower, upper = (torch.tensor(bound, dtype=dtype) for bound in (epsilon, w_max))
+    lower, upper = (torch.tensor(bound, dtype=dtype, device="cpu") for bound in (epsilon, w_max))
     if lower.item() < epsilon:
-        lower = lower.nextafter(torch.tensor(math.inf, dtype=dtype))
+        lower = lower.nextafter(torch.full_like(lower, math.inf))
     if upper.item() > w_max:
-        upper = upper.nextafter(torch.tensor(-math.inf, dtype=dtype))
+        upper = upper.nextafter(torch.full_like(upper, -math.inf))
     rounded = weights.to(device=like.device, dtype=dtype).clamp(lower.item(), upper.item())
     return torch.where(valid.to(torch.bool), rounded, 0.0)
 
