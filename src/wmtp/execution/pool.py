@@ -59,7 +59,7 @@ class _Worker:
             write_frame(self._stdin, asdict(job))
             ready = select.poll()
             ready.register(self._stdout, select.POLLIN)
-            if not ready.poll((2 * job.timeout_s + _MARGIN_S) * 1000):
+            if not ready.poll((4 * job.timeout_s + _MARGIN_S) * 1000):
                 raise _WorkerLostError("the supervisor does not answer")
             answer = read_frame(self._stdout)
         except OSError as error:
@@ -92,10 +92,10 @@ class _Pool:
         self._lock = threading.Lock()
         self._owner = os.getpid()
 
-    def run(self, job: ProgramJob) -> ProgramResult:
-        """Run one job on an idle worker, or on a new one."""
+    def run(self, job: ProgramJob, *, is_retry: bool = False) -> ProgramResult:
+        """Run one job on an idle worker, or on a new one; a retry does not rely on old ones."""
         with self._lock:
-            worker = self._idle.pop() if self._idle else None
+            worker = self._idle.pop() if self._idle and not is_retry else None
         if worker is None:
             worker = self._start_worker()
         try:
@@ -159,7 +159,8 @@ def check_sandbox() -> SandboxStatus:
 
 
 def _probe() -> SandboxStatus:
-    problem = None
+    problems: list[str] = []
+    remedy = ""
     # Preferred first. Root inside a container often may not mount, but may make user namespaces like anybody;
     # a kernel without seccomp still has the namespaces.
     users: list[User] = ["own", "mapped"] if os.geteuid() == 0 else ["mapped"]
@@ -170,8 +171,10 @@ def _probe() -> SandboxStatus:
                 ProgramJob(source="def ping(): return 1", tests="assert ping() == 1", timeout_s=30.0)
             )
         except (SandboxUnavailableError, _WorkerLostError, OSError, subprocess.SubprocessError) as error:
-            problem = problem or error
             pool.close()
+            reason = error.message if isinstance(error, SandboxUnavailableError) else str(error)
+            remedy = remedy or _remedy(reason)
+            problems += [reason] if reason not in problems else []
             continue
         if not result.passed:
             pool.close()
@@ -179,15 +182,13 @@ def _probe() -> SandboxStatus:
         _pools["bubblewrap"] = pool
         is_filtered = has_filter and build_filter(allow_processes=False) is not None
         return SandboxStatus(available=True, kind="bubblewrap+seccomp" if is_filtered else "bubblewrap")
-    reason = problem.message if isinstance(problem, SandboxUnavailableError) else str(problem)
-    remedy = problem.remedy if isinstance(problem, SandboxUnavailableError) else None
-    return SandboxStatus(available=False, kind="none", reason=reason, remedy=remedy or _remedy(reason))
+    return SandboxStatus(available=False, kind="none", reason="; ".join(problems), remedy=remedy)
 
 
 def _remedy(reason: str) -> str:
-    if "Operation not permitted" in reason or "Permission denied" in reason or "namespace" in reason:
+    if any(word in reason for word in ("not permitted", "denied", "namespace")):
         return (
-            "allow unprivileged user namespaces (in a container: a seccomp and AppArmor profile that permits them; "
+            "allow unprivileged user namespaces (in a container: by its seccomp and AppArmor profiles; "
             "on Ubuntu: sysctl kernel.apparmor_restrict_unprivileged_userns=0), or accept the risk with "
             "--unsafe-execution"
         )
@@ -256,9 +257,8 @@ def _run(job: ProgramJob, *, unsafe: bool) -> ProgramResult:
     try:
         return pool.run(job)
     except (_WorkerLostError, SandboxUnavailableError):
-        return pool.run(
-            job
-        )  # a supervisor killed from outside, a machine short of processes; twice is an error
+        # A supervisor killed from outside, or a machine short of processes for a moment. Twice is an error.
+        return pool.run(job, is_retry=True)
 
 
 def run_programs(

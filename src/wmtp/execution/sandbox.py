@@ -147,6 +147,8 @@ class Sandbox:
 
     def _environment(self) -> dict[str, str]:
         values = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "TZ": "UTC", "HOME": "/tmp", "PATH": "/nowhere"}
+        # Each thread would reserve an arena of 64 MiB of the limited address space.
+        values["MALLOC_ARENA_MAX"] = "1"
         if self.is_isolated:
             values["LD_LIBRARY_PATH"] = self._layout["libraries"]
         return values
@@ -164,6 +166,11 @@ class Sandbox:
             arguments += ["--unshare-user", "--uid", str(_INNER_USER), "--gid", str(_INNER_USER)]
         else:
             arguments += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+        places = [path for _, path in (*self._layout["binds"], *self._layout["links"])] + self._layout[
+            "devices"
+        ]
+        for folder in sorted({str(parent) for place in places for parent in Path(place).parents} - {"/"}):
+            arguments += ["--perms", "0755", "--dir", folder]  # else made on the way, closed to other users
         for source, place in self._layout["binds"]:
             arguments += ["--ro-bind", source, place]
         for target, path in self._layout["links"]:

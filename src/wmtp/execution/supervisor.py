@@ -24,12 +24,20 @@ from pathlib import Path
 from typing import IO, Any
 
 from wmtp.execution.sandbox import Sandbox, anonymous_file
-from wmtp.execution.watcher import Candidate, InfrastructureError
+from wmtp.execution.watcher import Candidate, InfrastructureError, last_line
 
 _GRACE_S = 0.5  # for a candidate to flush its output once the verdict is there
 _TESTER_START_S = 60.0
 _TESTER_MEMORY_MIB = 2048
 _SET_CHILD_SUBREAPER = 36  # prctl(2)
+_RESULT_WITHOUT_VERDICT = {
+    "status": "error",
+    "message": "the tests ended their own process",
+    "stdout": "",
+    "stderr": "",
+    "asserts_passed": 0,
+    "asserts_total": 0,
+}
 
 
 def main() -> None:
@@ -90,10 +98,12 @@ class _Worker:
     def run(self, job: dict[str, Any]) -> dict[str, Any]:
         """Run one job and give its result as a frame."""
         start = time.monotonic()
+        result: dict[str, Any]
         if job["tests"] is None:
             result = self._run_script(job, job["source"])
         else:
-            result = self._run_tested(job)
+            # A tester can be killed from outside as well as by the tests, hence two attempts.
+            result = self._run_tested(job) or self._run_tested(job) or dict(_RESULT_WITHOUT_VERDICT)
             if result["status"] == "unverified":
                 result = self._run_inside(job, result)
         result["wall_s"] = time.monotonic() - start
@@ -117,7 +127,8 @@ class _Worker:
         result["asserts_total"] = outside["asserts_total"]
         return result
 
-    def _run_tested(self, job: dict[str, Any]) -> dict[str, Any]:
+    def _run_tested(self, job: dict[str, Any]) -> dict[str, Any] | None:
+        """Run program and tests in their two processes; None when the tests' process gave no verdict."""
         request_read, request_write = os.pipe()
         reply_read, reply_write = os.pipe()
         verdict_read, verdict_write = os.pipe()
@@ -143,13 +154,12 @@ class _Worker:
             return candidate.result(*candidate.judge(outcome))
         return self._conclude(candidate)
 
-    def _conclude(self, candidate: Candidate) -> dict[str, Any]:
+    def _conclude(self, candidate: Candidate) -> dict[str, Any] | None:
         """Turn the tester's verdict into a result."""
-        try:
-            verdict = json.loads(candidate.verdict)
-        except ValueError:  # the tests ended their own process
+        if not candidate.verdict:
             self.close()
-            return candidate.result("error", "the tests ended without a verdict")
+            return None
+        verdict = json.loads(candidate.verdict)
         status, message = verdict["status"], verdict["message"]
         if status == "lost":
             status, message = candidate.judge("exited")
@@ -203,8 +213,9 @@ class _Tester:
             if greeting != b"1":
                 self.close()
                 stderr.seek(0)
-                text = stderr.read().decode("utf-8", "replace").strip()
-                raise InfrastructureError(f"the tester did not start: {text[-500:] or 'no message'}")
+                raise InfrastructureError(
+                    f"the tester did not start: {last_line(stderr.read()) or 'no message'}"
+                )
 
     @property
     def pid(self) -> int:

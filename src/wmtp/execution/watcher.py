@@ -154,8 +154,7 @@ class Candidate:
         if outcome == "orphaned":
             return "killed", "the run was given up"
         if not self._started:
-            text = self._stderr.decode("utf-8", "replace").strip()
-            raise InfrastructureError(f"the sandbox did not start: {text[-500:] or outcome}")
+            raise InfrastructureError(f"the sandbox did not start: {last_line(self._stderr) or outcome}")
         if outcome == "timeout":
             return "timeout", "the time limit was reached"
         if outcome == "flood":
@@ -185,6 +184,11 @@ class Candidate:
             "asserts_passed": 0,
             "asserts_total": 0,
         }
+
+
+def last_line(text: bytes | bytearray) -> str:
+    """The last line of what a process wrote: the message of bubblewrap, or the error of a traceback."""
+    return text.decode("utf-8", "replace").strip().rpartition("\n")[2][-500:]
 
 
 def _candidate_limits(job: dict[str, Any], *, is_isolated: bool) -> list[tuple[str, int]]:

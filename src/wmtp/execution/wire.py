@@ -104,7 +104,12 @@ def decode(link: Link, data: bytes, known: list[Any]) -> tuple[Any, list[Any], l
 
 
 def _decode_unchecked(reader: _Reader, known: list[Any]) -> tuple[Any, list[Any], list[bytes]]:
-    shells = [_new_container(bytes((kind,))) for kind in reader.take()]
+    kinds = reader.take()
+    if set(kinds) & set(b"OCDq"):
+        import collections  # noqa: F401 - makes these kinds known
+    reader.kinds = _container_kinds()
+    types = {ord(letter): container for container, letter in reader.kinds.items()}
+    shells = [types[kind]() for kind in kinds]
     reader.containers = known + shells
     root = reader.value()
     for _ in range(reader.count()):
@@ -132,12 +137,6 @@ def _container_kinds() -> dict[type, bytes]:
         kinds[collections.defaultdict] = b"D"
         kinds[collections.deque] = b"q"
     return kinds
-
-
-def _new_container(kind: bytes) -> Any:
-    if kind in b"OCDq":
-        import collections  # noqa: F401 - makes the kind known
-    return next(container for container, known in _container_kinds().items() if known == kind)()
 
 
 def _growing(items: list[Any], start: int) -> Iterator[Any]:
@@ -243,6 +242,7 @@ class _Reader:
         self.data = data
         self.position = 0
         self.containers: list[Any] = []
+        self.kinds: dict[type, bytes] = {}
         self.depth = 0
 
     def until(self, mark: bytes) -> bytes:
@@ -321,7 +321,7 @@ class _Reader:
 
     def fill(self, container: Any) -> None:
         """Replace the content of a container by the record at this place."""
-        kind = _container_kinds()[type(container)]
+        kind = self.kinds[type(container)]
         if kind == b"b":
             container[:] = self.take()
             return
@@ -339,6 +339,8 @@ class _Reader:
         else:
             container.clear()
             if kind == b"D":
+                if factory is not None and not callable(factory):
+                    raise GarbledMessageError("the factory of a defaultdict cannot be called")
                 container.default_factory = factory
             for position in range(0, num_values, 2):
                 container[values[position]] = values[position + 1]
