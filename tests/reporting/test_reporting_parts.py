@@ -15,6 +15,7 @@ from wmtp.reporting import (
     format_percent,
     tokens_for_terminal,
 )
+from wmtp.reporting.curves import curve_sections
 from wmtp.reporting.summary import finding_table, headline, score_tables, timing_table
 from wmtp.reporting.text import visible
 from wmtp.reporting.tokens import heaviest_tokens, shade, tokens_as_lines
@@ -144,6 +145,19 @@ def test_visible_text_holds_nothing_that_acts_on_a_screen(text: str) -> None:
     assert not set(shown) & set("\x7f\u202a\u202b\u202d\u202e\u2066\u2067\u2068\u2069")
     shown.encode()
     assert visible(shown) == shown
+
+
+def test_control_signs_are_shown_and_not_sent() -> None:
+    assert visible("\x00\x1b\x7f\x9b\ud800\u202e\r\n한") == "␀␛␡\\u009b\\ud800\\u202e\n한"
+
+
+def test_a_long_curve_is_thinned_to_means_and_keeps_its_last_step() -> None:
+    history = [{"step": step, "train/loss": float(step % 2)} for step in range(1, 10_001)]
+    (section,) = curve_sections([_run("a", history=history)])
+    (line,) = section.panels[0].series
+    assert len(line.steps) <= 160
+    assert line.steps[-1] == 10_000
+    assert all(abs(value - 0.5) < 0.01 for value in line.values)
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,21 @@ def test_training_outlives_a_dead_store_with_one_warning_and_nothing_is_lost_loc
     assert recorder.calls == [("metrics", 1)]
 
 
+def test_of_many_failures_only_the_first_is_told(tmp_path: Path) -> None:
+    tracker, recorder = _composite(tmp_path, retry_s=0)
+    recorder.is_down = True
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(20):
+            tracker.log_metrics({"x": 1.0}, step)
+        recorder.is_down = False
+        tracker.finish()
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == 2
+    assert messages[0].startswith("Tracking failed")
+    assert "4 entries did not reach" in messages[1], "each of the oldest was tried five times"
+
+
 def test_what_was_missed_is_delivered_in_order_when_the_store_is_back(tmp_path: Path) -> None:
     tracker, recorder = _composite(tmp_path, retry_s=1000)
     recorder.is_down = True
