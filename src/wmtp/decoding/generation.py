@@ -17,8 +17,9 @@ from typing import Any, Final, Literal, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from wmtp.decoding.cache import build_cache
 from wmtp.decoding.sampling import SamplingSettings, choose_tokens, position_uniforms
 from wmtp.decoding.stopping import StopFinder
 from wmtp.exceptions import UserInputError
@@ -220,10 +221,10 @@ class _BatchState:
     ) -> None:
         self._model = model
         self._max_position = None if context_length is None else context_length - 1
-        self._cache = DynamicCache(config=model.config)
         device = model.device
         lengths = [len(row.prompt_ids) for row in rows]
         longest = max(lengths)
+        self._cache = build_cache(model.config, longest + num_steps)
         # Any id does for padding: it is masked.
         self._input_ids = torch.tensor(
             [[0] * (longest - len(row.prompt_ids)) + list(row.prompt_ids) for row in rows], device=device
