@@ -322,10 +322,14 @@ def test_every_submodule_gets_its_mode_back_and_dropout_is_off_meanwhile(
     model = build_model(llama_config(attention_dropout=0.9)).train()
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
+    graph_modes: set[bool] = set()
+    hook = model.register_forward_hook(lambda *_: graph_modes.add(torch.is_inference_mode_enabled()))
     prompts = random_prompts(4)
     first = generate(model, prompts, tokenizer=tokenizer, max_new_tokens=10)
     assert [module.training for module in model.modules()] == modes
     assert generate(model, prompts, tokenizer=tokenizer, max_new_tokens=10) == first
+    assert graph_modes == {True}
+    hook.remove()
     model.train()
     model(torch.tensor([[1, 2]])).logits.sum().backward()  # generation left no inference tensors behind
 
