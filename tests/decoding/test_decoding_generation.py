@@ -249,6 +249,11 @@ def test_the_earliest_of_several_stop_strings_counts_and_the_prompt_is_not_searc
     early, late = free.text[6:9], free.text[12:16]
     stopped = generate(llama, [prompt], stop=[late, early], **settings)[0]
     assert stopped.text == free.text[: free.text.index(early)]
+    # Both of these are complete at the same token.
+    inner, outer = free.text[6:9], free.text[4:9]
+    assert free.text.index(outer) < free.text.index(inner)
+    both = generate(llama, [prompt], stop=[inner, outer], **settings)[0]
+    assert both.text == free.text[: free.text.index(outer)]
     in_prompt = tokenizer.decode(prompt)[-2:]
     assert in_prompt not in free.text
     assert generate(llama, [prompt], stop=[in_prompt, ""], **settings)[0] == free
