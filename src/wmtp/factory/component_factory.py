@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +26,10 @@ from wmtp.components.tokenizer import HfTokenizer, TokenizerSettings
 from wmtp.components.trainer import BaseWmtpTrainer
 from wmtp.settings import Config, Recipe
 from wmtp.settings.recipe_data import TrainDataSettings
+from wmtp.tracking import create_mlflow_manager
+
+if TYPE_CHECKING:
+    from wmtp.tracking.mlflow_tracker import MLflowManager
 
 # The scorer of each algorithm that has one of its own.
 _ALGORITHM_SCORERS: Final = {"critic-wmtp": "critic-delta-v1", "rho1-wmtp": "rho1-excess-v1"}
@@ -60,18 +64,22 @@ class ComponentFactory:
     def create_data_loader(recipe: Recipe, config: Config) -> UnifiedDataLoader:
         """The data loader, with the recipe's generator settings."""
         settings = DataLoaderSettings(
-            on_bad_row=recipe.data.on_bad_row, microcode=MicroCodeOptions(**recipe.data.microcode.model_dump())
+            on_bad_row=recipe.data.on_bad_row,
+            microcode=MicroCodeOptions(**recipe.data.microcode.model_dump()),
         )
         loader: UnifiedDataLoader = loader_registry.create("unified-data-loader", settings)
         return loader
 
     @staticmethod
-    def create_tokenizer(recipe: Recipe, config: Config, *, path: str) -> HfTokenizer:
+    def create_tokenizer(
+        recipe: Recipe, config: Config, *, path: str, trust_remote_code: bool = False
+    ) -> HfTokenizer:
         """The tokenizer of the recipe's type, read from `path`."""
         settings = TokenizerSettings(
             path=path,
             max_length=recipe.data.train.max_length,
             train_on_prompt=recipe.data.train.train_on_prompt,
+            trust_remote_code=trust_remote_code,
         )
         tokenizer: HfTokenizer = tokenizer_registry.create(recipe.model.tokenizer.type, settings)
         return tokenizer
@@ -109,13 +117,18 @@ class ComponentFactory:
         return loader
 
     @staticmethod
+    def create_mlflow_manager(config: Config) -> MLflowManager:
+        """An MLflow run at the config's tracking store."""
+        return create_mlflow_manager(config)
+
+    @staticmethod
     def create_collator(
         recipe: Recipe,
         config: Config,
         tokenizer: PreTrainedTokenizerBase,
         model_metadata: dict[str, Any] | None = None,
     ) -> Collator:
-        """`MTPDataCollator` for a model whose metadata says `training_algorithm: mtp`, else `LMDataCollator`."""
+        """`MTPDataCollator` where the metadata says `training_algorithm: mtp`, else `LMDataCollator`."""
         metadata = model_metadata or {}
         is_mtp = metadata.get("training_algorithm") == "mtp"
         settings = CollatorSettings(

@@ -61,7 +61,7 @@ def load_located(
     if not located.is_training_state:
         path = prepare_builtin_model(located.path, config, dry_run=False, options=options)
         loaded = load_base(config, recipe, environment, path, trust_remote_code=trust)
-        return loaded.model, load_tokenizer(config, recipe, path)
+        return loaded.model, load_tokenizer(config, recipe, path, trust_remote_code=trust)
     base_path = prepare_builtin_model(
         require_model(config, recipe, "base").path, config, dry_run=False, options=options
     )
@@ -74,4 +74,4 @@ def load_located(
             f"{checkpoint.path} does not fit the base model of this recipe: {error}",
             remedy="use the recipe (base model and horizon) of the run",
         ) from error
-    return loaded.model, load_tokenizer(config, recipe, base_path)
+    return loaded.model, load_tokenizer(config, recipe, base_path, trust_remote_code=trust)

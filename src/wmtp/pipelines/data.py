@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from wmtp.components.data import Batch, BatchPlan, Example, Feature, TrainingData, evaluation_batches
 from wmtp.components.data.batching import Collator
+from wmtp.components.data.formats import Split
 from wmtp.components.tokenizer import HfTokenizer
 from wmtp.evaluation import Task
 from wmtp.exceptions import DataError
@@ -64,22 +67,16 @@ def prepare_data(
     Raises:
         DataError: a source is missing, empty or has a bad row; the message names file and line.
     """
-    loader = ComponentFactory.create_data_loader(recipe, config)
-    train: list[Example] = []
-    held_out: list[Example] = []
-    for source in recipe.data.train.sources:
-        train.extend(loader.load(find_dataset(config, source), split="train"))
-    for source in recipe.data.eval.sources:
-        held_out.extend(
-            loader.load(find_dataset(config, source), split="validation", limit=recipe.data.eval.max_examples)
-        )
-    if not recipe.data.eval.sources:
-        num_held_out = min(int(_HOLDOUT_SHARE * len(train)), recipe.data.eval.max_examples)
-        train, held_out = train[num_held_out:], train[:num_held_out]
+    train = _load_sources(config, recipe, recipe.data.train.sources, "train", limit=None)
+    limit = recipe.data.eval.max_examples
+    if recipe.data.eval.sources:
+        held_out = _load_sources(config, recipe, recipe.data.eval.sources, "validation", limit=limit)
+    else:
+        train, held_out = _hold_out(train, min(int(_HOLDOUT_SHARE * len(train)), limit), recipe.train.seed)
     return PreparedData(
         examples={example.row_id: example for example in train},
         features=tokenizer.tokenize_dataset(train),
-        validation=tokenizer.tokenize_dataset(held_out[: recipe.data.eval.max_examples]) if held_out else [],
+        validation=tokenizer.tokenize_dataset(held_out) if held_out else [],
         collator=ComponentFactory.create_collator(recipe, config, tokenizer.tokenizer, metadata),
         recipe=recipe,
     )
@@ -87,16 +84,13 @@ def prepare_data(
 
 def prepare_validation(config: Config, recipe: Recipe, tokenizer: HfTokenizer, horizon: int) -> PreparedData:
     """Held-out examples alone, for an evaluation without training; none where the recipe names no source."""
-    loader = ComponentFactory.create_data_loader(recipe, config)
     limit = recipe.data.eval.max_examples
-    held_out = []
-    for source in recipe.data.eval.sources:
-        held_out.extend(loader.load(find_dataset(config, source), split="validation", limit=limit))
+    held_out = _load_sources(config, recipe, recipe.data.eval.sources, "validation", limit=limit)
     metadata = {"training_algorithm": "mtp", "horizon": horizon}
     return PreparedData(
         examples={},
         features=[],
-        validation=tokenizer.tokenize_dataset(held_out[:limit]) if held_out else [],
+        validation=tokenizer.tokenize_dataset(held_out) if held_out else [],
         collator=ComponentFactory.create_collator(recipe, config, tokenizer.tokenizer, metadata),
         recipe=recipe,
     )
@@ -120,3 +114,26 @@ def evaluation_tasks(config: Config, recipe: Recipe) -> dict[str, list[Task]]:
             )
         tasks[name] = with_tests
     return tasks
+
+
+def _load_sources(
+    config: Config, recipe: Recipe, sources: list[str], split: Split, *, limit: int | None
+) -> list[Example]:
+    """Examples of all sources, at most `limit`; with several sources their row ids name the source too."""
+    loader = ComponentFactory.create_data_loader(recipe, config)
+    examples = []
+    for source in sources:
+        for example in loader.load(find_dataset(config, source), split=split, limit=limit):
+            row_id = example.row_id if len(sources) == 1 else f"{source}:{example.row_id}"
+            examples.append(replace(example, row_id=row_id))
+    return examples[:limit]
+
+
+def _hold_out(examples: list[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples, drawn by seed, because files are often sorted."""
+    generator = np.random.Generator(np.random.PCG64([seed, len(examples)]))
+    held_out = set(generator.permutation(len(examples))[:count].tolist())
+    return (
+        [example for index, example in enumerate(examples) if index not in held_out],
+        [example for index, example in enumerate(examples) if index in held_out],
+    )

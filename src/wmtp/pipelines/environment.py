@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from wmtp.exceptions import UserInputError
 from wmtp.settings import Config, Recipe
@@ -61,6 +62,8 @@ def prepare_environment(config: Config, recipe: Recipe) -> Environment:
         torch.set_num_threads(devices.num_threads)
     device = _select_device(devices.accelerator)
     precision = _select_precision(devices.precision, device)
+    # Loading has a progress bar of its own on the terminal that this project draws on.
+    disable_progress_bar()
     seed_everything(recipe.train.seed)
     return Environment(device, precision)
 

@@ -16,7 +16,8 @@ from wmtp.pipelines.checkpoints import load_located, locate_model
 from wmtp.pipelines.data import PreparedData, evaluation_tasks, prepare_validation
 from wmtp.pipelines.environment import Environment, default_run_name, prepare_environment, run_paths
 from wmtp.pipelines.outputs import EvaluationOutputs, RunOptions
-from wmtp.pipelines.report import report_evaluation
+from wmtp.pipelines.report import report_evaluation, write_settings
+from wmtp.pipelines.resume import refuse_existing_report
 from wmtp.settings import Config, Recipe, redacted_dump, require_available
 from wmtp.settings.recipe_eval import EvalType
 from wmtp.tracking import RunStatus, create_tracker, experiment_name
@@ -69,6 +70,7 @@ def run_evaluation_pipeline(
     # 2. Tracking.
     name = options.run_name or f"eval-{default_run_name(recipe)}"
     paths = run_paths(config, name)
+    refuse_existing_report(paths)
     tracker = create_tracker(
         paths.report,
         experiment=experiment_name(recipe.train.algo, recipe.eval.datasets),
@@ -82,6 +84,7 @@ def run_evaluation_pipeline(
     try:
         # 3. Measure; here a missing sandbox is an error.
         tracker.log_params({**redacted_dump(config), **redacted_dump(recipe)})
+        write_settings(config, recipe, paths)
         outputs = evaluate_model(
             config, recipe, environment, model, tokenizer, data, paths.report, options, is_required=True
         )

@@ -88,7 +88,7 @@ def _meta_model(path: str, horizon: int, options: RunOptions) -> MTPModel:
             return MTPModel.from_causal_lm(build_micro_llama(), horizon=horizon)
         try:
             model_config = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
-            causal_lm = AutoModelForCausalLM.from_config(
+            causal_lm = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 model_config, trust_remote_code=options.trust_remote_code
             )
         except (OSError, ValueError) as error:

@@ -23,9 +23,10 @@ def load_base(
     return loaded
 
 
-def load_tokenizer(config: Config, recipe: Recipe, base_path: str) -> HfTokenizer:
+def load_tokenizer(config: Config, recipe: Recipe, base_path: str, *, trust_remote_code: bool) -> HfTokenizer:
     """The tokenizer of the recipe, or the one beside the base model."""
-    return ComponentFactory.create_tokenizer(recipe, config, path=recipe.model.tokenizer.path or base_path)
+    path = recipe.model.tokenizer.path or base_path
+    return ComponentFactory.create_tokenizer(recipe, config, path=path, trust_remote_code=trust_remote_code)
 
 
 def load_reference(
@@ -42,7 +43,9 @@ def load_reference(
     Raises:
         UserInputError: its tokenizer gives other tokens than the base's, so losses cannot be compared.
     """
-    reference_tokenizer = ComponentFactory.create_tokenizer(recipe, config, path=path)
+    reference_tokenizer = ComponentFactory.create_tokenizer(
+        recipe, config, path=path, trust_remote_code=trust_remote_code
+    )
     same_vocabulary(tokenizer, reference_tokenizer)
     loader = ComponentFactory.create_model_loader(config, recipe)
     context = ModelLoaderContext(

@@ -72,6 +72,14 @@ def report_evaluation(
     return write_report(paths.report, title=f"WMTP evaluation {paths.name}", runs=[run]).html
 
 
+def write_settings(config: Config, recipe: Recipe, paths: RunPaths) -> None:
+    """Keep the settings in force beside the metrics, secrets hidden: `config.yaml` and `recipe.yaml`."""
+    paths.report.mkdir(parents=True, exist_ok=True)
+    for name, settings in (("config", config), ("recipe", recipe)):
+        text = yaml.safe_dump(redacted_dump(settings), sort_keys=False, allow_unicode=True)
+        (paths.report / f"{name}.yaml").write_text(text, encoding="utf-8")
+
+
 def token_views(trainer: BaseWmtpTrainer, parts: RunParts) -> list[TokenView]:
     """Training examples with the weight the finished run gives each token, and the loss of every head on it.
 
@@ -94,7 +102,7 @@ def token_views(trainer: BaseWmtpTrainer, parts: RunParts) -> list[TokenView]:
         views.append(
             TokenView(
                 title=f"Training example {parts.data.features[row].get('row_id', row)}",
-                tokens=[parts.tokenizer.tokenizer.decode([token_id]) for token_id in ids],
+                tokens=[str(parts.tokenizer.tokenizer.decode([token_id])) for token_id in ids],
                 weights=[
                     weight if target and position > 0 else None
                     for position, (weight, target) in enumerate(zip(row_weights, is_target, strict=True))

@@ -69,6 +69,19 @@ def refuse_existing_run(paths: RunPaths) -> None:
         )
 
 
+def refuse_existing_report(paths: RunPaths) -> None:
+    """An evaluation must not overwrite what another run has measured.
+
+    Raises:
+        UserInputError: the report folder already holds metrics.
+    """
+    if paths.metrics_file.exists():
+        raise UserInputError(
+            f"run {paths.name!r} already has results in {paths.report}",
+            remedy="choose another --run-name",
+        )
+
+
 def _check_recipe(before: dict[str, Any], now: dict[str, str]) -> None:
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     refused = [key for key in changed if not key.startswith(_FREE_KEYS)]

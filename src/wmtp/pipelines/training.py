@@ -34,7 +34,7 @@ from wmtp.pipelines.evaluation import evaluate_model
 from wmtp.pipelines.export import export_model
 from wmtp.pipelines.models import load_base, load_reference, load_tokenizer
 from wmtp.pipelines.outputs import RunOptions, RunOutputs
-from wmtp.pipelines.report import report_training
+from wmtp.pipelines.report import report_training, write_settings
 from wmtp.pipelines.resume import load_resume_checkpoint, refuse_existing_run
 from wmtp.settings import Config, Recipe, redacted_dump, require_available, require_model
 from wmtp.tracking import CompositeTracker, RunStatus, create_tracker, experiment_name
@@ -164,7 +164,7 @@ def _build_parts(
         require_model(config, recipe, "base").path, config, dry_run=dry_run, options=options
     )
     loaded = load_base(config, recipe, environment, base_path, trust_remote_code=trust)
-    tokenizer = load_tokenizer(config, recipe, base_path)
+    tokenizer = load_tokenizer(config, recipe, base_path, trust_remote_code=trust)
     reference = None
     if recipe.train.algo == "rho1-wmtp":
         reference_path = prepare_builtin_model(
@@ -250,6 +250,7 @@ def _open_tracker(
         tags=dict.fromkeys(options.tags, "true"),
     )
     tracker.log_params({**redacted_dump(config), **redacted_dump(recipe)})
+    write_settings(config, recipe, paths)
     return tracker
 
 

@@ -47,7 +47,7 @@ def validate_settings(config: Config, recipe: Recipe, options: RunOptions) -> li
             problems.append(error)
 
     look(lambda: _check_models(config, recipe))
-    look(lambda: _check_tokenizers(config, recipe))
+    look(lambda: _check_tokenizers(config, recipe, options))
     for source in dict.fromkeys((*recipe.data.train.sources, *recipe.data.eval.sources)):
         look(lambda source=source: _check_dataset(config, recipe, source, "train"))  # type: ignore[misc]
     for source in recipe.eval.datasets:
@@ -69,27 +69,28 @@ def _check_models(config: Config, recipe: Recipe) -> list[Finding]:
     return findings
 
 
-def _check_tokenizers(config: Config, recipe: Recipe) -> list[Finding]:
-    base = _tokenizer_of(config, recipe, "base")
+def _check_tokenizers(config: Config, recipe: Recipe, options: RunOptions) -> list[Finding]:
+    base = _tokenizer_of(config, recipe, "base", options)
     if base is None:
         return []
     findings = [Finding("tokenizer", f"{len(base.tokenizer)} tokens")]
     if recipe.train.algo == "rho1-wmtp":
-        reference = _tokenizer_of(config, recipe, "ref")
+        reference = _tokenizer_of(config, recipe, "ref", options)
         if reference is not None:
             same_vocabulary(base, reference)
             findings.append(Finding("reference tokenizer", "the same as the base's"))
     return findings
 
 
-def _tokenizer_of(config: Config, recipe: Recipe, role: str) -> HfTokenizer | None:
+def _tokenizer_of(config: Config, recipe: Recipe, role: str, options: RunOptions) -> HfTokenizer | None:
     choice = find_model(config, recipe, role)  # type: ignore[arg-type]
     if choice is None:
         return None
+    trust = options.trust_remote_code
     path = _SHAPE_OF.get(choice.path, choice.path)
     if role == "base":
-        return load_tokenizer(config, recipe, path)
-    return ComponentFactory.create_tokenizer(recipe, config, path=path)
+        return load_tokenizer(config, recipe, path, trust_remote_code=trust)
+    return ComponentFactory.create_tokenizer(recipe, config, path=path, trust_remote_code=trust)
 
 
 def _check_dataset(config: Config, recipe: Recipe, source: str, split: str) -> list[Finding]:

@@ -49,6 +49,7 @@ _TABLE = (
         lambda value: isinstance(value, int) and value > 1,
         "use 1 (or 0 for CPU only)",
     ),
+    _Unavailable("devices.compile", lambda value: value is True, "use false"),
     _Unavailable("devices.strategy", _among("ddp", "fsdp2"), "use auto or single"),
     _Unavailable("paths.models.base", _is_remote, _LOCAL_PATH),
     _Unavailable("paths.models.ref", _is_remote, _LOCAL_PATH),

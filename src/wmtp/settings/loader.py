@@ -141,11 +141,8 @@ def _find_joint_violations(
     for role, is_needed in roles:
         config_key, recipe_key = f"paths.models.{role}", f"model.{role}_id"
         is_unknown = recipe.has_failed([recipe_key, "train.algo"]) or config.has_failed([config_key])
-        if (
-            is_needed
-            and not is_unknown
-            and recipe.value_at(recipe_key) is config.value_at(config_key) is None
-        ):
+        is_set = recipe.value_at(recipe_key) is not None or config.value_at(config_key) is not None
+        if is_needed and not is_set and not is_unknown:
             rule, remedy = explain_missing_model(role)
             yield config, Violation(config_key, rule, remedy)
     paths = {name: config.value_at(f"paths.datasets.{name}") for name in DATASET_NAMES}

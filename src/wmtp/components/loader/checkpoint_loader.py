@@ -57,7 +57,8 @@ class CheckpointLoader(Component[str, LoadedCheckpoint]):
         folder = Path(resolved)
         if not folder.is_dir():
             raise CheckpointError(
-                f"there is no checkpoint at {context}", remedy="give a run folder or one of its step-N folders"
+                f"there is no checkpoint at {context}",
+                remedy="give a run folder or one of its step-N folders",
             )
         path: Path | None = folder
         if not folder.name.startswith("step-"):
@@ -72,6 +73,4 @@ class CheckpointLoader(Component[str, LoadedCheckpoint]):
                 )
         assert path is not None
         tensors, state = load_checkpoint(path)
-        return LoadedCheckpoint(
-            path, state["step"], state["epoch"], state["mlflow_run_id"], tensors, state
-        )
+        return LoadedCheckpoint(path, state["step"], state["epoch"], state["mlflow_run_id"], tensors, state)

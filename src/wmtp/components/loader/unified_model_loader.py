@@ -56,9 +56,8 @@ class UnifiedModelLoader(Component[ModelLoaderContext, LoadedModel]):
         """
         kind, path = PathResolver().resolve(context.model_path)
         if path == MICRO_LLAMA:
-            model = MTPModel.from_causal_lm(
-                build_micro_llama().to(context.dtype), horizon=context.horizon or 1
-            )
+            model = MTPModel.from_causal_lm(build_micro_llama(), horizon=context.horizon or 1)
+            model.to(context.dtype)
         elif kind in ("local", "hub"):
             model = MTPModel.from_pretrained(
                 path,

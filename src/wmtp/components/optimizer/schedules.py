@@ -19,8 +19,9 @@ def learning_rate_factor(
 ) -> float:
     """Factor on the peak learning rate for the update made at `step` (0-based).
 
-    The first `warmup_steps` updates rise linearly; the last one of them reaches 1. Then `cosine` and `linear` fall
-    to `min_lr_ratio` at the last step, `wsd` (warm-up, stable, decay) stays at 1 and falls linearly over the last
+    The first `warmup_steps` updates rise linearly; the last one of them reaches 1. Then `cosine` and `linear`
+    fall to `min_lr_ratio` at the last step, `wsd` (warm-up, stable, decay) stays at 1 and falls linearly over
+    the last
     `decay_ratio` of the steps, `constant` stays at 1.
     """
     if step < warmup_steps:

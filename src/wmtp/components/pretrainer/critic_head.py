@@ -62,7 +62,9 @@ class PretrainedCritic:
     quality: CriticQuality
 
 
-@pretrainer_registry.register("critic-head-pretrainer", version="1.0.0", description="value head, frozen base")
+@pretrainer_registry.register(
+    "critic-head-pretrainer", version="1.0.0", description="value head, frozen base"
+)
 class CriticHeadPretrainer(Component[PretrainerContext, PretrainedCritic]):
     """Trains `V(h_t)` by mean squared error against the GAE(lambda) return, on right and wrong programs."""
 
@@ -130,7 +132,7 @@ class CriticHeadPretrainer(Component[PretrainerContext, PretrainedCritic]):
             batch = {name: batch[name].to(context.device) for name in _VALUE_KEYS}
             errors_BS = value_errors(batch, values_BS, gamma=self.critic.gamma, lam=self.critic.lambda_)
             loss = errors_BS.square().sum() / batch["reward_mask"].sum().clamp(min=1)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(value_head.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

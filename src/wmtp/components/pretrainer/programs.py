@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+
 from wmtp.components.data.examples import Example
 from wmtp.components.tokenizer import HfTokenizer
 from wmtp.decoding import generate
@@ -41,7 +42,8 @@ def collect_programs(
 ) -> list[LabelledProgram]:
     """Reward up to `critic.reward.num_programs` programs of the dataset.
 
-    Which ones is a function of `train.seed`. With source `execution` their tests are run; with `column` the rows'
+    Which ones is a function of `train.seed`. With source `execution` their tests are run; with `column` the
+    rows'
     `reward` is taken, and a program with a reward above 0 is right.
 
     Raises:
@@ -50,9 +52,7 @@ def collect_programs(
     """
     reward = recipe.critic.reward
     is_column = reward.source == "column"
-    usable = [
-        example for example in examples if (example.reward if is_column else example.task) is not None
-    ]
+    usable = [example for example in examples if (example.reward if is_column else example.task) is not None]
     if not usable:
         wanted = "a `reward` field" if is_column else "tests"
         raise UserInputError(
@@ -80,8 +80,8 @@ def sample_rollouts(
 ) -> list[LabelledProgram]:
     """Sample `critic.pretrain.num_rollouts` programs from the base and run their tests.
 
-    Prompts are those of `examples` that have tests, in an order that is a function of `train.seed`; none where there
-    are no tests (a reward column says nothing of programs that are not in the data).
+    Prompts are those of `examples` that have tests, in an order that is a function of `train.seed`; none
+    where there are no tests (a reward column says nothing of programs that are not in the data).
     """
     settings = recipe.critic.pretrain
     with_tests = [example for example in examples if example.task is not None]
@@ -110,7 +110,9 @@ def _execute(
     examples: Sequence[Example], source: ProgramSource, recipe: Recipe, *, unsafe_execution: bool
 ) -> list[LabelledProgram]:
     """Run every example's completion against its tests; the reward is the fraction of asserts passed."""
-    jobs = [_job(example.task, example.completion, recipe) for example in examples if example.task is not None]
+    jobs = [
+        _job(example.task, example.completion, recipe) for example in examples if example.task is not None
+    ]
     results = run_programs(jobs, num_workers=recipe.eval.num_workers, unsafe=unsafe_execution)
     return [
         LabelledProgram(
@@ -134,7 +136,7 @@ def _job(task: Task, completion: str, recipe: Recipe) -> ProgramJob:
 
 
 def write_programs(path: Path, programs: Sequence[LabelledProgram]) -> None:
-    """Keep programs and rewards, one JSON object a line, so that they can be looked at and a run can be resumed."""
+    """Keep programs and rewards, one JSON object a line, to look at and to resume from."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [
         json.dumps(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -49,7 +49,7 @@ class CriticQuality:
 
     @property
     def strength(self) -> float:
-        """max(0, 2 * AUC - 1): what a calibrated critic multiplies `loss.lambda` by; 0 where AUC is unknown."""
+        """max(0, 2 * AUC - 1), the factor on `loss.lambda` when calibrated; 0 where AUC is unknown."""
         return max(0.0, 2.0 * self.auc - 1.0) if self.auc == self.auc else 0.0
 
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from wmtp.evaluation.microcode.operations import REDUCERS, TRANSFORMS
 from wmtp.evaluation.microcode.problems import Draft, Line, fails
 
-_PITFALL_SHARE = 0.65
+_PITFALL_SHARE = 0.9
 _COMMENT_VERBS = ("ask", "see", "todo", "note", "from", "check", "fixme", "old")
 _COMMENT_WORDS = (
     *("apple", "river", "stone", "cloud", "amber", "tiger", "paper", "north", "silver", "maple", "ocean"),

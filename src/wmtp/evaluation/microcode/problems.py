@@ -32,6 +32,11 @@ _VALIDATION_SHARE = 10  # percent of the instructions of the other compositions
 _TEXT_SHARE = 0.25
 _REDUCER_SHARE = 0.4
 _NUM_STEPS_WEIGHTS = {1: 0.1, 2: 0.45, 3: 0.45}
+# Pitfalls are asked for more often, so that there is enough of them to tell algorithms and critics apart.
+_TRANSFORM_WEIGHTS: dict[Family, tuple[int, ...]] = {
+    family: tuple(3 if operation.is_pitfall else 2 for operation in operations)
+    for family, operations in TRANSFORMS.items()
+}
 _NUM_TESTS = 5
 _WORDS = (
     "Ada",
@@ -155,7 +160,11 @@ def draw_draft(rng: random.Random, split: Split) -> Draft:
 def _draw_operations(rng: random.Random, family: Family) -> list[Operation]:
     num_steps = rng.choices(tuple(_NUM_STEPS_WEIGHTS), tuple(_NUM_STEPS_WEIGHTS.values()))[0]
     has_reducer = rng.random() < _REDUCER_SHARE
-    operations = rng.sample(TRANSFORMS[family], num_steps - has_reducer)
+    operations: list[Operation] = []
+    while len(operations) < num_steps - has_reducer:
+        operation = rng.choices(TRANSFORMS[family], _TRANSFORM_WEIGHTS[family])[0]
+        if operation not in operations:
+            operations.append(operation)
     return operations + ([rng.choice(REDUCERS[family])] if has_reducer else [])
 
 
