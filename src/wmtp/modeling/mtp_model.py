@@ -52,7 +52,7 @@ class MTPModel(nn.Module):
         self.causal_lm = causal_lm
         self.extra_heads = extra_heads
         self._logit_transform = find_logit_transform(causal_lm)
-        self._layer_returns_tuple: bool | None = None
+        self._structure_verified = False
         self._documents_verified = False
         self.register_state_dict_post_hook(drop_tied_copies)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(restore_tied_copies)  # type: ignore[no-untyped-call]
@@ -183,7 +183,7 @@ class MTPModel(nn.Module):
                     remedy=f"pass {name} as [B,S] like input_ids",
                 )
         plan = plan_attention(attention_mask, position_ids, document_ids)
-        if self._layer_returns_tuple is None:
+        if not self._structure_verified:
             self.verify_structure()
         if plan.isolates_documents and not self._documents_verified:
             self.verify_document_isolation()
@@ -208,7 +208,7 @@ class MTPModel(nn.Module):
         parts = self._parts
         optional = {"attention_mask": attention_mask, "position_ids": position_ids}
         given = {name: value for name, value in optional.items() if value is not None}
-        recorder = _LastLayerRecorder(returns_tuple=bool(self._layer_returns_tuple))
+        recorder = _LastLayerRecorder()
         # The wrapped model prepares masks and positions in its own way and then meets the recorder where its
         # last layer was. Without a cache: a copied layer keeps its cache index and would attend to head 0's
         # keys.
@@ -223,25 +223,16 @@ class MTPModel(nn.Module):
     # ---------------------------------------------------------------- checks
 
     def verify_structure(self) -> None:
-        """Compare head 0 with the wrapped model on a few tokens; runs once, at construction where weights are
-        there.
+        """Compare head 0 with the wrapped model on a few tokens.
+
+        Runs once: at construction, or at the first forward of a model that was built without weights.
 
         Raises:
-            ModelLoadError: they differ, so the model does something after its last layer that is not known
-                here.
+            ModelLoadError: they differ: the model does something unknown after its last layer.
         """
         tokens = probe.probe_tokens(self._vocab_size, self.device)
-        returns_tuple: list[bool] = []
-        handle = self.last_layer.register_forward_hook(
-            lambda _module, _inputs, output: returns_tuple.append(isinstance(output, tuple))
-        )
-        try:
-            with probe.evaluating(self):
-                expected_BSV = self.causal_lm(input_ids=tokens, use_cache=False).logits
-        finally:
-            handle.remove()
-        self._layer_returns_tuple = returns_tuple[0]
         with probe.evaluating(self):
+            expected_BSV = self.causal_lm(input_ids=tokens, use_cache=False).logits
             hidden_BSD = self.run_head(0, self._run_trunk(tokens, None, None))
             is_understood = hidden_BSD.shape[-1] == self.hidden_size and not probe.differs(
                 self.unembed(hidden_BSD), expected_BSV
@@ -252,10 +243,12 @@ class MTPModel(nn.Module):
                 "layer in a way that heads could not repeat",
                 remedy="use a model whose logits are unembedding(norm(last layer)), scaled or soft-capped",
             )
+        self._structure_verified = True
 
     def verify_document_isolation(self) -> None:
-        """Check on a few tokens that a document does not see the one packed before it; runs once, when
-        needed.
+        """Check on a few tokens that a document does not see the one packed before it.
+
+        Runs once, before the first packed batch.
 
         Raises:
             UserInputError: it does, as with recurrent layers.
@@ -367,20 +360,17 @@ class MTPModel(nn.Module):
 
 
 class _LastLayerRecorder(nn.Module):
-    """Stands in for the last decoder layer: notes what it was called with and passes the hidden states on."""
+    """Stands in for the last decoder layer and notes what it was called with."""
 
-    def __init__(self, *, returns_tuple: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._returns_tuple = returns_tuple
         self._recorded: TrunkOutput | None = None
 
-    def forward(self, *positional: Any, **keyword: Any) -> Tensor | tuple[Tensor, None]:
-        if positional:
-            trunk_BSD, *rest = positional
-        else:
-            trunk_BSD, rest = keyword.pop("hidden_states"), []
-        self._recorded = TrunkOutput(trunk_BSD, LayerArguments(tuple(rest), keyword))
-        return (trunk_BSD, None) if self._returns_tuple else trunk_BSD
+    def forward(self, *positional: Any, **keyword: Any) -> Tensor:
+        trunk_BSD: Tensor = positional[0] if positional else keyword.pop("hidden_states")
+        self._recorded = TrunkOutput(trunk_BSD, LayerArguments(positional[1:], keyword))
+        # What the wrapped model makes of it (its final norm) is not used.
+        return trunk_BSD
 
     @property
     def recorded(self) -> TrunkOutput:
