@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wmtp.execution.peer import CALL, LOAD, QUIT, ChannelClosedError, Peer, RemoteFunction, Unverifiable
@@ -74,6 +74,7 @@ def exact(value: Any) -> Any:
     return type(value), value
 
 
+@settings(deadline=None)
 @given(values)
 def test_every_value_arrives_exactly(value: Any) -> None:
     assert exact(carried(value)) == exact(value)
@@ -147,12 +148,14 @@ def test_deeply_nested_tuples_are_refused_by_both_sides() -> None:
         decode(lonely_peer(), b"0:" + b"(1:" * 100_000 + b"N0:", [])
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=60))
 def test_random_bytes_are_a_value_or_a_garbled_message(data: bytes) -> None:
     with contextlib.suppress(GarbledMessageError):
         decode(lonely_peer(), data, [])
 
 
+@settings(deadline=None)
 @given(values, st.data())
 def test_damaged_messages_are_a_value_or_a_garbled_message(value: Any, data: st.DataObject) -> None:
     message = bytearray(encode(lonely_peer(), value, [], []))

@@ -40,6 +40,7 @@ class _Worker:
     """One supervisor process. Used by one thread at a time."""
 
     def __init__(self, isolation: Isolation, *, user: User, has_filter: bool) -> None:
+        layout = sandbox_layout() if isolation == "bubblewrap" else {}
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-c", _START, str(Path(wmtp.__file__).parents[1])],
             stdin=subprocess.PIPE,
@@ -49,7 +50,6 @@ class _Worker:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
-        layout = sandbox_layout() if isolation == "bubblewrap" else {}
         config = {"isolation": isolation, "user": user, "has_filter": has_filter}
         write_frame(self._stdin, config | {"layout": layout, "python": sys.executable})
 
@@ -71,9 +71,8 @@ class _Worker:
     def close(self) -> None:
         """End the supervisor and all below it."""
         with contextlib.suppress(OSError):
-            write_frame(
-                self._stdin, None
-            )  # the end of the stream alone is not seen while a forked child has a copy
+            # Not only the end of the stream: that is not seen while a forked child still has a copy.
+            write_frame(self._stdin, None)
             self._stdin.close()
         try:
             self._process.wait(5.0)
@@ -173,7 +172,8 @@ def _probe() -> SandboxStatus:
         except (SandboxUnavailableError, _WorkerLostError, OSError, subprocess.SubprocessError) as error:
             pool.close()
             reason = error.message if isinstance(error, SandboxUnavailableError) else str(error)
-            remedy = remedy or _remedy(reason)
+            known = error.remedy if isinstance(error, SandboxUnavailableError) else None
+            remedy = remedy or known or _remedy(reason)
             problems += [reason] if reason not in problems else []
             continue
         if not result.passed:
