@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from wmtp.exceptions import UserInputError
 from wmtp.settings import (
@@ -158,8 +157,3 @@ def test_a_source_is_a_name_or_a_path() -> None:
     for name in ("contest", "mbp"):
         with pytest.raises(UserInputError):
             find_dataset(config, name)
-
-
-def test_example_files_hold_no_unquoted_surprises() -> None:
-    for path in {path for pair in PAIRS for path in pair}:
-        assert isinstance(yaml.safe_load(path.read_text()), dict)
