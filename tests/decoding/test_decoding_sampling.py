@@ -95,6 +95,8 @@ def test_top_p_keeps_the_smallest_set_that_reaches_the_mass() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64).log()
     kept = {p: int(torch.isfinite(keep_top_p(logits, p)).sum()) for p in (0.4, 0.6, 0.79, 0.9, 0.96)}
     assert kept == {0.4: 1, 0.6: 2, 0.79: 2, 0.9: 3, 0.96: 4}
+    even = torch.tensor([[0.0, 0.0, -torch.inf]])
+    assert torch.isfinite(keep_top_p(even, 0.5)).tolist() == [[True, False, False]]
 
 
 @given(st.integers(0, 10**6), st.integers(0, 12), st.floats(0.01, 1), st.floats(0, 1), st.floats(0.01, 5))

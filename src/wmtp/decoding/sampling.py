@@ -87,12 +87,11 @@ def keep_top_k(logits_NV: Tensor, top_k: int) -> Tensor:
 
 
 def keep_top_p(logits_NV: Tensor, top_p: float) -> Tensor:
-    """Return the logits outside each row's nucleus of mass `top_p` set to -inf; never removes all."""
+    """Set logits outside each row's nucleus of mass `top_p` to -inf; the most likely token always stays."""
     sorted_NV, order_NV = logits_NV.sort(dim=-1, descending=True, stable=True)
     probability_NV = sorted_NV.softmax(dim=-1)
     mass_before_NV = probability_NV.cumsum(dim=-1) - probability_NV
     is_outside_NV = mass_before_NV >= top_p
-    is_outside_NV[:, 0] = False
     return logits_NV.masked_fill(is_outside_NV.scatter(-1, order_NV, is_outside_NV), -torch.inf)
 
 

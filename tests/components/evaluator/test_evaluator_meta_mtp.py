@@ -203,10 +203,11 @@ def test_every_task_stops_at_its_own_strings(model: MTPModel, tokenizer: HfToken
 
 
 def test_a_prompt_longer_than_the_context_fails_its_problem_and_nothing_else(
-    model: MTPModel, tokenizer: HfTokenizer
+    model: MTPModel, tokenizer: HfTokenizer, tmp_path: Path
 ) -> None:
     tasks = [task("right"), task("long", prompt="abc xyz " * 200)]
-    result = evaluate(model, tokenizer, {"toy": tasks})
+    result = evaluate(model, tokenizer, {"toy": tasks}, path=tmp_path)
+    assert read_lines(tmp_path / "toy.generations.jsonl")[1]["token_ids"] == []
     assert [p.num_correct for p in result.datasets["toy"].temperatures[0].problems] == [1, 0]
 
 
