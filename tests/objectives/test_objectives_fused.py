@@ -222,6 +222,15 @@ def test_bf16_hidden_states_keep_the_loss_in_fp32(softcap):
         assert error < 1e-2
 
 
+def test_the_softcap_of_bf16_logits_is_computed_in_fp32():
+    (hidden, unembedding, _), labels, weights = make_case(torch.bfloat16)
+    narrow_logits = (hidden @ unembedding.T).detach().float()
+    capped = 2.5 * torch.tanh(narrow_logits / 2.5)
+    expected = F.cross_entropy(capped.reshape(-1, V), labels.reshape(-1), reduction="none")
+    result = weighted_mtp_cross_entropy(hidden, unembedding, labels, weights, logit_softcap=2.5)
+    assert_close(result.ce_BSH.flatten(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_mixed_dtypes_compute_in_the_wider_one():
     (hidden, unembedding, _), labels, _ = make_case(torch.float32)
     narrow = hidden.detach().bfloat16().requires_grad_()

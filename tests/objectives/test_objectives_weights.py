@@ -115,7 +115,7 @@ def test_weights_of_any_finite_scores_are_sound(case, temperature, limits):
     assert_weights_are_sound(weights, scores, valid, epsilon, w_max)
 
 
-@pytest.mark.parametrize("temperature", [1e-300, 1e-12, 1e-3, 1e300])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-12, 1e-3, 1e300])
 @pytest.mark.parametrize("epsilon", [0.0, 0.05])
 def test_absurd_temperatures_keep_every_promise(temperature, epsilon):
     scores = torch.randn(500)
@@ -131,11 +131,22 @@ def test_scores_are_sharpened_up_to_the_bounds():
     assert weights.min() == 0.05
 
 
-@given(value=finite, count=st.integers(1, 20))
+@given(value=st.floats(allow_nan=False, allow_infinity=False), count=st.integers(1, 20), limits=bounds)
 @settings(max_examples=60, deadline=None)
-def test_constant_scores_give_exactly_uniform_weights(value, count):
-    weights = normalize_weights(torch.full((count,), value), torch.ones(count, dtype=torch.bool))
+def test_constant_scores_give_exactly_uniform_weights(value, count, limits):
+    epsilon, w_max = limits
+    scores, valid = torch.full((count,), value, dtype=torch.float64), torch.ones(count, dtype=torch.bool)
+    weights = normalize_weights(scores, valid, epsilon=epsilon, w_max=w_max)
     assert weights.tolist() == [1.0] * count
+
+
+@pytest.mark.parametrize("size", [1e300, 1e-300])
+def test_float64_scores_may_be_as_extreme_as_float64(size):
+    scores, valid = torch.randn(50, dtype=torch.float64), torch.ones(50, dtype=torch.bool)
+    weights = normalize_weights(scores * size, valid)
+    assert_close(weights, normalize_weights(scores, valid))
+    statistics = score_statistics(scores * size, valid)
+    assert_close(normalize_with_statistics(scores * size, valid, statistics), weights)
 
 
 def test_what_stands_on_invalid_tokens_does_not_matter():
@@ -162,7 +173,7 @@ def test_weights_carry_no_gradient():
 
 
 @pytest.mark.parametrize("epsilon", [0.7, 0.1, 1.0, 0.99999999])
-@pytest.mark.parametrize("w_max", [1.3, 3.3, 1.0, 1.00000001])
+@pytest.mark.parametrize("w_max", [1.1, 1.3, 3.3, 1.0, 1.00000001])
 def test_bounds_hold_exactly_where_fp32_cannot_represent_them(epsilon, w_max):
     scores, valid = torch.randn(100), torch.ones(100, dtype=torch.bool)
     weights = normalize_weights(scores, valid, temperature=0.1, epsilon=epsilon, w_max=w_max)
@@ -315,9 +326,9 @@ def test_running_weights_have_mean_one_in_expectation_and_ignore_the_split():
     assert torch.stack(means).mean().item() == pytest.approx(1, abs=0.02)
 
 
-@given(scores=score_lists, later=score_lists)
+@given(scores=score_lists, later=score_lists, temperature=st.sampled_from([0.7, 5e-324]))
 @settings(max_examples=60, deadline=None)
-def test_running_weights_of_any_finite_scores_are_inside_the_bounds(scores, later):
+def test_running_weights_of_any_finite_scores_are_inside_the_bounds(scores, later, temperature):
     old, new = torch.tensor(scores), torch.tensor(later)
     statistics = score_statistics(old, torch.ones_like(old, dtype=torch.bool))
     statistics = score_statistics(
@@ -327,6 +338,15 @@ def test_running_weights_of_any_finite_scores_are_inside_the_bounds(scores, late
     weights = normalize_with_statistics(new, torch.ones_like(new, dtype=torch.bool), statistics)
     assert ((weights >= 0.05) & (weights <= 3.0)).all()
     assert (weights[new.argsort()].diff() >= 0).all()
+
+
+def test_running_statistics_average_mean_and_variance():
+    valid = torch.ones(2, dtype=torch.bool)
+    first = score_statistics(torch.tensor([0.0, 2.0]), valid)
+    assert (first.mean.item(), first.std.item()) == (1.0, 1.0)
+    second = score_statistics(torch.tensor([10.0, 20.0]), valid, previous=first, decay=0.8)
+    assert second.mean.item() == pytest.approx(0.8 * 1 + 0.2 * 15)
+    assert second.std.item() ** 2 == pytest.approx(0.8 * 1 + 0.2 * 25)
 
 
 def test_a_step_without_valid_tokens_leaves_the_statistics_as_they_were():

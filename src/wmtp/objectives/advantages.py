@@ -141,9 +141,11 @@ def _reverse_scan(delta_BS: Tensor, decay_BS: Tensor) -> Tensor:
     total, carry = delta_BS, decay_BS
     span, seq_len = 1, delta_BS.shape[1]
     while span < seq_len:
-        total = torch.cat([total[:, :-span] + carry[:, :-span] * total[:, span:], total[:, -span:]], dim=1)
-        # past the end there is nothing to carry
-        carry = torch.cat([carry[:, :-span] * carry[:, span:], torch.zeros_like(carry[:, -span:])], dim=1)
+        reach = seq_len - span
+        total = torch.cat([total[:, :reach] + carry[:, :reach] * total[:, span:], total[:, reach:]], dim=1)
+        # carry[t] spans the tokens from t on that are summed into total[t]; it is needed only while they end
+        # inside the sequence, so it gets shorter
+        carry = carry[:, :-span] * carry[:, span:]
         span *= 2
     return total
 

@@ -117,7 +117,6 @@ def normalize_with_statistics(
     masked, _ = masked_scores(scores, valid)
     log_weights = _log_weights(masked, statistics.mean, statistics.std, temperature)
     weights = clipped_exp(log_weights + statistics.log_scale, epsilon, w_max)
-    weights = torch.where(statistics.std == 0, 1.0, weights)
     return finish_weights(weights, scores, valid, epsilon, w_max)
 
 

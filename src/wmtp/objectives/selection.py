@@ -74,7 +74,7 @@ def weighted_excess_weights(
         raise UserInputError(f"alpha is {alpha}, but must be in [0, 1]", remedy="0 means no floor")
     groups = LastDimGroups()
     masked, mask = as_one_group(scores, valid)
-    z, is_constant = standardize(masked, mask, groups)
+    z = standardize(masked, mask, groups)
     is_selected = select_top(masked, mask, num_selected(mask, percentile_top_p))
     threshold = torch.where(is_selected, z, torch.inf).amin()
     logits = scaled_logits((z - threshold).clamp(min=0), mask, groups, temperature)
@@ -84,7 +84,6 @@ def weighted_excess_weights(
         floor = torch.full_like(logits, math.log(alpha))
         logits = floor if alpha == 1 else torch.logaddexp(log_mean_one + math.log1p(-alpha), floor)
     weights = clip_to_mean_one(torch.where(mask, logits, 0.0), mask, groups, epsilon=epsilon, w_max=w_max)
-    weights = torch.where(is_constant, 1.0, weights)
     return finish_weights(weights.reshape(scores.shape), scores, valid, epsilon, w_max)
 
 

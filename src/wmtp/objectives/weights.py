@@ -125,9 +125,8 @@ def normalize_head_weights(
     masked, mask = masked_scores(scores_BSH, valid_BSH)
     groups = LastDimGroups()
     log_weights = scaled_logits(masked, mask, groups, temperature)
-    is_constant = max_over(groups, masked, mask) == min_over(groups, masked, mask)
     weights = clip_to_mean_one(log_weights, mask, groups, epsilon=epsilon, w_max=w_max)
-    return finish_weights(torch.where(is_constant, 1.0, weights), scores_BSH, valid_BSH, epsilon, w_max)
+    return finish_weights(weights, scores_BSH, valid_BSH, epsilon, w_max)
 
 
 def rescale_to_mean_one(weights: Tensor, valid: Tensor) -> Tensor:
@@ -211,8 +210,9 @@ def clip_to_mean_one(
     log_scale = solve_log_scale(log_weights, valid, groups, epsilon=epsilon, w_max=w_max)
     weights = clipped_exp(log_weights + groups.expand(log_scale), epsilon, w_max)
     mean = groups.sum(torch.where(valid, weights, 0.0)) / num_valid
-    shrink = torch.where(mean > 1, (1 - epsilon) / (mean - epsilon), 1.0)
-    return epsilon + (weights - epsilon) * groups.expand(shrink)
+    # written so that weights of mean 1, equal ones above all, stay as they are to the last bit
+    surplus = torch.where(mean > 1, (mean - 1) / (mean - epsilon), 0.0)
+    return weights - (weights - epsilon) * groups.expand(surplus)
 
 
 def solve_log_scale(
@@ -238,8 +238,8 @@ def clipped_exp(log_weights: Tensor, epsilon: float, w_max: float) -> Tensor:
     return log_weights.clamp(log_epsilon, math.log(w_max)).exp()
 
 
-def standardize(scores: Tensor, valid: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
-    """Z-scores (population standard deviation) and, for each group, whether its scores are all equal.
+def standardize(scores: Tensor, valid: Tensor, groups: Groups) -> Tensor:
+    """Z-scores, with the population standard deviation; exactly 0 where all scores of a group are equal.
 
     Divided by max|s| first: the square of 1e300 overflows even float64.
 
@@ -249,7 +249,7 @@ def standardize(scores: Tensor, valid: Tensor, groups: Groups) -> tuple[Tensor, 
         groups: over what mean and deviation are taken.
 
     Returns:
-        (z, is_constant); z is 0 where not valid and in constant groups.
+        z, the same shape, 0 where not valid.
     """
     largest = max_over(groups, scores.abs(), valid)
     scaled = scores / groups.expand(torch.where(largest == 0, 1.0, largest))
@@ -258,7 +258,7 @@ def standardize(scores: Tensor, valid: Tensor, groups: Groups) -> tuple[Tensor, 
     centered = torch.where(valid, scaled - groups.expand(groups.sum(scaled) / num_valid), 0.0)
     deviation = (groups.sum(centered.square()) / num_valid).sqrt()
     z = centered / groups.expand(torch.where(is_constant, 1.0, deviation))
-    return torch.where(groups.expand(is_constant), 0.0, z), is_constant
+    return torch.where(groups.expand(is_constant), 0.0, z)
 
 
 def scaled_logits(scores: Tensor, valid: Tensor, groups: Groups, temperature: float) -> Tensor:
@@ -309,7 +309,6 @@ def _weights_from_scores(
     scores: Tensor, valid: Tensor, groups: Groups, temperature: float, epsilon: float, w_max: float
 ) -> Tensor:
     """The pipeline over groups. Rescaling to mean 1 needs no step: the clip's scale absorbs any factor."""
-    z, is_constant = standardize(scores, valid, groups)
+    z = standardize(scores, valid, groups)
     log_weights = scaled_logits(z, valid, groups, temperature)
-    weights = clip_to_mean_one(log_weights, valid, groups, epsilon=epsilon, w_max=w_max)
-    return torch.where(groups.expand(is_constant), 1.0, weights)
+    return clip_to_mean_one(log_weights, valid, groups, epsilon=epsilon, w_max=w_max)
