@@ -1,4 +1,4 @@
-"""Settings every test shares: one thread a process (pytest-xdist runs several), no network, no progress bars."""
+"""Settings every test shares: one thread a process (pytest-xdist runs several), no network."""
 
 from __future__ import annotations
 

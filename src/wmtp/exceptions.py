@@ -1,7 +1,8 @@
 """Errors that say whose fault it is and what to do about it.
 
-Every error a user can cause is a `WmtpError`: one clear message and a remedy. The command line prints both and leaves
-with `exit_code`; a traceback is shown only for errors that are not of this family, because those are bugs.
+Every error a user can cause is a `WmtpError`: one clear message and a remedy. The command line prints both
+and leaves with `exit_code`; a traceback is shown only for errors that are not of this family, because those
+are bugs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class WmtpError(Exception):
 
 
 class UserInputError(WmtpError, ValueError):
-    """A setting, argument or file that cannot be used. Also a `ValueError`, for those who call the library."""
+    """A setting, argument or file that cannot be used. Also a `ValueError`, for users of the library."""
 
     exit_code = 2
 
@@ -37,7 +38,7 @@ class DataError(UserInputError):
 
 
 class ModelLoadError(UserInputError):
-    """A model or checkpoint that cannot be loaded; the message names the file and, where known, the tensor."""
+    """A model that cannot be loaded; the message names the file and, where known, the tensor."""
 
 
 class CheckpointError(UserInputError):

@@ -8,7 +8,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 
-import click
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -53,13 +52,7 @@ def run_app(application: typer.Typer, arguments: Sequence[str] | None) -> None:
     console = Console(stderr=True)
     configure_logging(console)
     try:
-        code = application(args=arguments, standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        console.print("interrupted; nothing was saved", style="red")
-        sys.exit(130)
+        application(args=arguments)
     except WmtpError as error:
         show_error(console, error)
         sys.exit(error.exit_code)
@@ -67,7 +60,6 @@ def run_app(application: typer.Typer, arguments: Sequence[str] | None) -> None:
         console.print(Text(traceback.format_exc()), soft_wrap=True)
         console.print("this is a bug in WMTP: please report it with the lines above", style="red")
         sys.exit(1)
-    sys.exit(code if isinstance(code, int) else 0)
 
 
 def show_error(console: Console, error: WmtpError) -> None:

@@ -1,1 +1,1 @@
-"""What a run is made of: loaders, tokenizers, data, scorers, pretrainers, trainers, optimizers, evaluators."""
+"""The parts of a run: loaders, tokenizers, data, scorers, pretrainers, trainers, optimizers, evaluators."""

@@ -63,7 +63,7 @@ def prepare_environment(config: Config, recipe: Recipe) -> Environment:
     device = _select_device(devices.accelerator)
     precision = _select_precision(devices.precision, device)
     # Loading has a progress bar of its own on the terminal that this project draws on.
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     seed_everything(recipe.train.seed)
     return Environment(device, precision)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wmtp.components.evaluator import EvaluatorContext
 from wmtp.components.tokenizer import HfTokenizer
 from wmtp.components.trainer.base import autocast_factory
+from wmtp.evaluation import Task
 from wmtp.exceptions import SandboxUnavailableError, UserInputError
 from wmtp.factory import ComponentFactory
 from wmtp.modeling import MTPModel
@@ -21,6 +24,9 @@ from wmtp.pipelines.resume import refuse_existing_report
 from wmtp.settings import Config, Recipe, redacted_dump, require_available
 from wmtp.settings.recipe_eval import EvalType
 from wmtp.tracking import RunStatus, create_tracker, experiment_name
+
+if TYPE_CHECKING:
+    from wmtp.pipelines.training import RunParts
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +66,7 @@ def run_evaluation_pipeline(
     model, tokenizer = load_located(config, recipe, environment, located, options)
     data = prepare_validation(config, recipe, tokenizer, model.horizon)
     tasks = evaluation_tasks(config, recipe)
+    parts = EvaluatedParts(model, tokenizer, data, tasks)
     if not tasks and "meta-mtp" in recipe.eval.types:
         raise UserInputError(
             "eval.datasets is empty", remedy="name benchmarks with --datasets or in eval.datasets"
@@ -85,9 +92,7 @@ def run_evaluation_pipeline(
         # 3. Measure; here a missing sandbox is an error.
         tracker.log_params({**redacted_dump(config), **redacted_dump(recipe)})
         write_settings(config, recipe, paths)
-        outputs = evaluate_model(
-            config, recipe, environment, model, tokenizer, data, paths.report, options, is_required=True
-        )
+        outputs = evaluate_model(config, recipe, environment, parts, paths.report, options, is_required=True)
         tracker.log_metrics(outputs.metrics, 0)
         # 4. Report.
         report_evaluation(config, recipe, paths, checkpoint_path, outputs)
@@ -98,13 +103,21 @@ def run_evaluation_pipeline(
     return outputs
 
 
+@dataclass(frozen=True, slots=True)
+class EvaluatedParts:
+    """What an evaluation reads: a model, its tokenizer, held-out data and tasks."""
+
+    model: MTPModel
+    tokenizer: HfTokenizer
+    data: PreparedData
+    tasks: dict[str, list[Task]]
+
+
 def evaluate_model(
     config: Config,
     recipe: Recipe,
     environment: Environment,
-    model: MTPModel,
-    tokenizer: HfTokenizer,
-    data: PreparedData,
+    parts: EvaluatedParts | RunParts,
     report_folder: Path,
     options: RunOptions,
     *,
@@ -115,19 +128,18 @@ def evaluate_model(
     Where no sandbox works, pass@k is skipped with reason and remedy, unless `is_required`.
     """
     folder = report_folder / "evaluation"
-    tasks = evaluation_tasks(config, recipe)
     results, skipped, metrics = [], [], {}
     for evaluation_type in recipe.eval.types:
-        if evaluation_type == "meta-mtp" and not tasks:
+        if evaluation_type == "meta-mtp" and not parts.tasks:
             continue
-        if evaluation_type != "meta-mtp" and not data.validation:
+        if evaluation_type != "meta-mtp" and not parts.data.validation:
             skipped.append(f"{evaluation_type}: not run: there is no held-out data (set data.eval.sources)")
             continue
         context = EvaluatorContext(
-            model=model,
-            tokenizer=tokenizer,
-            tasks=tasks,
-            batches=data.validation_batches(),
+            model=parts.model,
+            tokenizer=parts.tokenizer,
+            tasks=parts.tasks,
+            batches=parts.data.validation_batches(),
             output_dir=folder,
             unsafe_execution=options.unsafe_execution,
             autocast=autocast_factory(environment.device, environment.precision),

@@ -14,13 +14,14 @@ from wmtp.components.scorer import ScorerSetup
 from wmtp.components.tokenizer import HfTokenizer
 from wmtp.components.trainer import TrainerContext
 from wmtp.components.trainer.callbacks.checkpointing import restore_training_state
+from wmtp.evaluation import Task
 from wmtp.exceptions import TrainingInterruptedError
 from wmtp.factory import ComponentFactory
 from wmtp.modeling import MTPModel
 from wmtp.pipelines.builtin_models import prepare_builtin_model
 from wmtp.pipelines.callbacks import build_callbacks
 from wmtp.pipelines.critic import Critic, prepare_critic, untrained_critic
-from wmtp.pipelines.data import PreparedData, prepare_data
+from wmtp.pipelines.data import PreparedData, evaluation_tasks, prepare_data
 from wmtp.pipelines.dry_run import measure_longest_batch
 from wmtp.pipelines.environment import (
     Environment,
@@ -116,9 +117,7 @@ def run_training_pipeline(
         export_model(recipe, parts, paths, metrics)
 
         # 8. Evaluate it.
-        evaluation = evaluate_model(
-            config, recipe, environment, parts.model, parts.tokenizer, parts.data, paths.report, options
-        )
+        evaluation = evaluate_model(config, recipe, environment, parts, paths.report, options)
         tracker.log_metrics(evaluation.metrics, result.step)
         metrics.update(evaluation.metrics)
 
@@ -147,11 +146,12 @@ def run_training_pipeline(
 
 @dataclass(slots=True)
 class RunParts:
-    """The loaded models and data of a run."""
+    """The loaded models and data of a run; evaluation tasks too, so that bad input shows before training."""
 
     model: MTPModel
     tokenizer: HfTokenizer
     data: PreparedData
+    tasks: dict[str, list[Task]]
     reference: MTPModel | None
     base_path: str
 
@@ -174,7 +174,8 @@ def _build_parts(
             config, recipe, environment, reference_path, tokenizer, trust_remote_code=trust
         )
     data = prepare_data(config, recipe, tokenizer, loaded.metadata)
-    return RunParts(loaded.model, tokenizer, data, reference, base_path)
+    tasks = evaluation_tasks(config, recipe)
+    return RunParts(loaded.model, tokenizer, data, tasks, reference, base_path)
 
 
 def _prepare_critic(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from wmtp.components.data.formats import Split
 from wmtp.components.loader import MICRO_BASE, MICRO_LLAMA, MICRO_REFERENCE
 from wmtp.components.tokenizer import HfTokenizer
 from wmtp.exceptions import UserInputError, WmtpError
@@ -13,9 +14,14 @@ from wmtp.factory import ComponentFactory
 from wmtp.pipelines.memory import estimate_memory
 from wmtp.pipelines.models import load_tokenizer, same_vocabulary
 from wmtp.pipelines.outputs import RunOptions
-from wmtp.settings import Config, Recipe, find_dataset, find_model, require_available
+from wmtp.settings import Config, ModelRole, Recipe, find_dataset, find_model, require_available
 
 _NUM_SAMPLE_ROWS = 8
+_ROLES: tuple[tuple[ModelRole, str], ...] = (
+    ("base", "base model"),
+    ("ref", "reference model"),
+    ("rm", "reward model"),
+)
 # The trained built-in models have the shape and the tokenizer of the untrained one.
 _SHAPE_OF = {MICRO_BASE: MICRO_LLAMA, MICRO_REFERENCE: MICRO_LLAMA}
 
@@ -62,8 +68,8 @@ def validate_settings(config: Config, recipe: Recipe, options: RunOptions) -> li
 
 def _check_models(config: Config, recipe: Recipe) -> list[Finding]:
     findings = []
-    for role, title in (("base", "base model"), ("ref", "reference model"), ("rm", "reward model")):
-        choice = find_model(config, recipe, role)  # type: ignore[arg-type]
+    for role, title in _ROLES:
+        choice = find_model(config, recipe, role)
         if choice is not None:
             findings.append(Finding(title, f"{choice.path} (from {choice.key})"))
     return findings
@@ -82,8 +88,8 @@ def _check_tokenizers(config: Config, recipe: Recipe, options: RunOptions) -> li
     return findings
 
 
-def _tokenizer_of(config: Config, recipe: Recipe, role: str, options: RunOptions) -> HfTokenizer | None:
-    choice = find_model(config, recipe, role)  # type: ignore[arg-type]
+def _tokenizer_of(config: Config, recipe: Recipe, role: ModelRole, options: RunOptions) -> HfTokenizer | None:
+    choice = find_model(config, recipe, role)
     if choice is None:
         return None
     trust = options.trust_remote_code
@@ -93,10 +99,10 @@ def _tokenizer_of(config: Config, recipe: Recipe, role: str, options: RunOptions
     return ComponentFactory.create_tokenizer(recipe, config, path=path, trust_remote_code=trust)
 
 
-def _check_dataset(config: Config, recipe: Recipe, source: str, split: str) -> list[Finding]:
+def _check_dataset(config: Config, recipe: Recipe, source: str, split: Split) -> list[Finding]:
     loader = ComponentFactory.create_data_loader(recipe, config)
     path = find_dataset(config, source)
-    rows = loader.load(path, split=split, limit=_NUM_SAMPLE_ROWS)  # type: ignore[arg-type]
+    rows = loader.load(path, split=split, limit=_NUM_SAMPLE_ROWS)
     kinds = "with tests" if rows[0].task is not None else "without tests"
     return [Finding(f"dataset {source} ({split})", f"{path}: rows can be read, {kinds}")]
 

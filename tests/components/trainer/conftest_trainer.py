@@ -69,7 +69,9 @@ def make_recipe(**sections: dict[str, Any]) -> Recipe:
     document: dict[str, dict[str, Any]] = {
         "train": {"algo": "baseline-mtp", "max_steps": 4, "log_every_steps": 1},
         "model": {"mtp": {"horizon": 3}},
-        "data": {"train": {"sources": ["microcode"], "batch_size": 4, "max_length": 32, "pack_sequences": False}},
+        "data": {
+            "train": {"sources": ["microcode"], "batch_size": 4, "max_length": 32, "pack_sequences": False}
+        },
         "optim": {"lr": 1e-2, "warmup_steps": 1},
     }
     for name, values in sections.items():

@@ -62,8 +62,8 @@ def loss_tolerance(name: str) -> float:
 def test_a_step_split_into_micro_batches_gives_the_same_trajectory(
     name: str, build: Callable[..., Built]
 ) -> None:
-    # Four rows a step: as one micro-batch, as two of two and as four of one. Rows differ in length, so an average
-    # of averages would show.
+    # Four rows a step: as one micro-batch, as two of two and as four of one. Rows differ in length, so an
+    # average of averages would show.
     runs = []
     for rows, accumulation in ((4, 1), (2, 2), (1, 4)):
         recipe = _with(

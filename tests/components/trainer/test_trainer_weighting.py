@@ -93,7 +93,10 @@ def test_weights_have_mean_one_over_the_step_and_are_logged(build: Callable[...,
     batches = [built.context.data.batch(index) for index in range(2)]
     weights = built.trainer.compute_head_weights(batches)
     tokens = torch.cat(
-        [w[:, 1:][b["labels"][:, :-1, 0] != -100] for w, b in zip(weights.token_weight_BS, batches, strict=True)]
+        [
+            w[:, 1:][b["labels"][:, :-1, 0] != -100]
+            for w, b in zip(weights.token_weight_BS, batches, strict=True)
+        ]
     )
     assert float(tokens.mean()) == pytest.approx(1.0, abs=1e-5)
     assert float(weights.metrics["train/weight_mean"]) == pytest.approx(1.0, abs=1e-5)
