@@ -169,10 +169,13 @@ def test_temperature_zero_takes_the_most_likely_token_and_reads_no_uniforms() ->
     assert torch.equal(choose_tokens(logits, SamplingSettings(0.0), nothing), logits.argmax(-1))
 
 
+@pytest.mark.parametrize("temperature", [1e-12, 1e-30, 1e-45, 1e-300])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_tiny_temperature_is_the_greedy_limit_and_not_nan(dtype: torch.dtype) -> None:
+def test_a_tiny_temperature_is_the_greedy_limit_and_not_nan(dtype: torch.dtype, temperature: float) -> None:
     logits = random_logits().to(dtype)
-    tokens = choose_tokens(logits, SamplingSettings(1e-30), torch.full((16,), BELOW_ONE, dtype=torch.float64))
+    tokens = choose_tokens(
+        logits, SamplingSettings(temperature), torch.full((16,), BELOW_ONE, dtype=torch.float64)
+    )
     assert torch.equal(logits.gather(1, tokens[:, None])[:, 0], logits.amax(-1))
 
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from wmtp.exceptions import UserInputError
 
 _UINT64_BOUND = 2**64
+# Draws are greedy long before this; below it fp32 logits would overflow, and inf - inf is no probability.
+_MIN_TEMPERATURE = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +110,7 @@ def shape_logits(logits_NV: Tensor, settings: SamplingSettings) -> Tensor:
     At least fp32. Not for greedy settings, whose distribution has no logits.
     """
     shaped_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    # Relative to the largest, so that a tiny temperature overflows to -inf only.
-    shaped_NV = (shaped_NV - shaped_NV.amax(dim=-1, keepdim=True)) / settings.temperature
+    shaped_NV = shaped_NV / max(settings.temperature, _MIN_TEMPERATURE)
     if settings.top_k > 0:
         shaped_NV = keep_top_k(shaped_NV, settings.top_k)
     if settings.top_p < 1:
