@@ -11,6 +11,7 @@ Shapes: B rows still running, P padded prompt length, T new tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
@@ -125,23 +126,11 @@ def generate(
     if max_new_tokens < 1 or batch_size < 1:
         raise UserInputError(
             f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens} and {batch_size}",
-            remedy="Raise them.",
-        )
-    keys = [(index, 0) for index in range(len(prompts_ids))] if keys is None else keys
-    if len(keys) != len(prompts_ids):
-        raise UserInputError(
-            f"got {len(keys)} keys for {len(prompts_ids)} prompts",
-            remedy="Give one (problem, sample) a prompt.",
+            remedy="raise them",
         )
     if eos_token_ids is None:
         eos_token_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    rows = []
-    for index, (prompt_ids, key) in enumerate(zip(prompts_ids, keys, strict=True)):
-        if not prompt_ids:
-            raise UserInputError(f"prompt {index} has no tokens", remedy="Begin it with the BOS token.")
-        room = max_new_tokens if context_length is None else context_length - len(prompt_ids)
-        rows.append(_Row(index, prompt_ids, key, min(max_new_tokens, room), []))
-
+    rows = _make_rows(prompts_ids, keys, max_new_tokens, context_length)
     results: list[Generation | None] = [None] * len(rows)
 
     def finish(row: _Row, generation: Generation) -> None:
@@ -155,16 +144,44 @@ def generate(
     # Like lengths together waste little padding; the longest first shows at once whether memory suffices.
     runnable = sorted((row for row in rows if row.max_new_tokens >= 1), key=lambda row: -len(row.prompt_ids))
     finder = StopFinder(tokenizer, eos_token_ids, stop)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with _evaluating(model):
         for start in range(0, len(runnable), batch_size):
             batch = runnable[start : start + batch_size]
             _generate_batch(model, batch, settings, seed, finder, context_length, finish)
+    return [generation for generation in results if generation is not None]
+
+
+def _make_rows(
+    prompts_ids: Sequence[Sequence[int]],
+    keys: Sequence[tuple[int, int]] | None,
+    max_new_tokens: int,
+    context_length: int | None,
+) -> list[_Row]:
+    keys = [(index, 0) for index in range(len(prompts_ids))] if keys is None else keys
+    if len(keys) != len(prompts_ids):
+        raise UserInputError(
+            f"got {len(keys)} keys for {len(prompts_ids)} prompts",
+            remedy="give one (problem, sample) a prompt",
+        )
+    rows = []
+    for index, (prompt_ids, key) in enumerate(zip(prompts_ids, keys, strict=True)):
+        if not prompt_ids:
+            raise UserInputError(f"prompt {index} has no tokens", remedy="begin it with the BOS token")
+        room = max_new_tokens if context_length is None else context_length - len(prompt_ids)
+        rows.append(_Row(index, prompt_ids, key, min(max_new_tokens, room), []))
+    return rows
+
+
+@contextmanager
+def _evaluating(model: DecoderProtocol) -> Iterator[None]:
+    """Switch dropout off inside the block; every submodule gets its mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
-    return [generation for generation in results if generation is not None]
 
 
 @torch.inference_mode()

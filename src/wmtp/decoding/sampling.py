@@ -47,14 +47,14 @@ class SamplingSettings:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UserInputError(
                 f"temperature must be finite and at least 0, got {self.temperature}",
-                remedy="Use 0 for greedy.",
+                remedy="use 0 for greedy",
             )
         if self.top_k < 0:
-            raise UserInputError(f"top_k must be at least 0, got {self.top_k}", remedy="Use 0 to keep all.")
+            raise UserInputError(f"top_k must be at least 0, got {self.top_k}", remedy="use 0 to keep all")
         if not 0 < self.top_p <= 1:
-            raise UserInputError(f"top_p must be in (0, 1], got {self.top_p}", remedy="Use 1 to keep all.")
+            raise UserInputError(f"top_p must be in (0, 1], got {self.top_p}", remedy="use 1 to keep all")
         if not 0 <= self.min_p <= 1:
-            raise UserInputError(f"min_p must be in [0, 1], got {self.min_p}", remedy="Use 0 to keep all.")
+            raise UserInputError(f"min_p must be in [0, 1], got {self.min_p}", remedy="use 0 to keep all")
 
     @property
     def is_greedy(self) -> bool:
@@ -73,7 +73,7 @@ def position_uniforms(seed: int, problem: int, sample: int, num_positions: int) 
     """
     for name, value in (("seed", seed), ("problem", problem), ("sample", sample)):
         if not 0 <= value < _UINT64_BOUND:
-            raise UserInputError(f"{name} must be in 0..2**64-1, got {value}", remedy="Use a small integer.")
+            raise UserInputError(f"{name} must be in 0..2**64-1, got {value}", remedy="use a small integer")
     key = np.array([seed, problem], dtype=np.uint64)
     counter = np.array([0, 0, sample, 0], dtype=np.uint64)
     raw = np.random.Philox(key=key, counter=counter).random_raw(num_positions)

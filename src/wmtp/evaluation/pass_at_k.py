@@ -26,18 +26,16 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
         UserInputError: (a `ValueError`) a count is out of range.
     """
     if num_samples < 1:
-        raise UserInputError(
-            f"num_samples must be at least 1, got {num_samples}", remedy="Generate a sample."
-        )
+        raise UserInputError(f"num_samples must be at least 1, got {num_samples}", remedy="generate a sample")
     if not 0 <= num_correct <= num_samples:
         raise UserInputError(
             f"num_correct must be in 0..{num_samples} (num_samples), got {num_correct}",
-            remedy="Check the counts.",
+            remedy="check the counts",
         )
     if not 1 <= k <= num_samples:
         raise UserInputError(
             f"k must be in 1..{num_samples} (num_samples), got {k}",
-            remedy="Generate more samples or lower k.",
+            remedy="generate more samples or lower k",
         )
     if num_samples - num_correct < k:
         return 1.0
@@ -54,6 +52,6 @@ def mean_pass_at_k(num_samples: Sequence[int], num_correct: Sequence[int], k: in
         raise UserInputError(
             f"num_samples and num_correct must be equally long and not empty, got {len(num_samples)} and "
             f"{len(num_correct)}",
-            remedy="Give one entry per problem to both.",
+            remedy="give one entry per problem to both",
         )
     return float(np.mean([pass_at_k(n, c, k) for n, c in zip(num_samples, num_correct, strict=True)]))

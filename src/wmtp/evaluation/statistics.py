@@ -37,12 +37,12 @@ def bootstrap_mean_interval(
     if array.ndim != 1 or array.size == 0 or not np.isfinite(array).all():
         raise UserInputError(
             f"an interval needs at least one value and only finite ones, got {list(values)[:5]}...",
-            remedy="Give one finite number per problem.",
+            remedy="give one finite number per problem",
         )
     if not 0.0 < confidence < 1.0 or num_resamples < 1:
         raise UserInputError(
             f"confidence must be in (0, 1), num_resamples at least 1, got {confidence} and {num_resamples}",
-            remedy="Use for example 0.95 and 2000.",
+            remedy="use for example 0.95 and 2000",
         )
     generator = np.random.default_rng(seed)
     block = max(1, _MAX_BLOCK_ELEMENTS // array.size)

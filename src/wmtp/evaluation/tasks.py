@@ -103,13 +103,13 @@ def mbpp_task(row: Mapping[str, Any]) -> Task:
         missing = "task_id" if "task_id" not in row else "test_list"
         raise DataError(
             f"MBPP row has no field {missing!r}; it has {sorted(row)}",
-            remedy="Use the published fields of MBPP.",
+            remedy="use the published fields of MBPP",
         )
     test_list = row["test_list"]
     if not isinstance(test_list, Sequence) or isinstance(test_list, str) or not test_list:
         raise DataError(
             f"MBPP row {row['task_id']!r}: test_list must be a non-empty list of asserts, got {test_list!r}",
-            remedy="Give at least one assert.",
+            remedy="give at least one assert",
         )
     asserts = [_unix_lines(str(test)).strip() for test in test_list]
     setup_lines = [str(line) for line in row.get("test_imports", ())] + [str(row.get("test_setup_code", ""))]
@@ -133,7 +133,7 @@ def _texts(row: Mapping[str, Any], fields: Sequence[str], dataset: str) -> list[
         if not isinstance(row.get(field), str | int):
             raise DataError(
                 f"{dataset} row has no text in field {field!r}; it has {sorted(row)}",
-                remedy=f"Use the published fields of {dataset}.",
+                remedy=f"use the published fields of {dataset}",
             )
     return [str(row[field]) for field in fields]
 
@@ -145,7 +145,7 @@ def _prompt_helpers(prompt: str, entry_point: str, task_id: str) -> str:
     except SyntaxError as error:
         raise DataError(
             f"HumanEval row {task_id!r}: the prompt is not Python ({error.msg}, line {error.lineno})",
-            remedy="Check the row; a prompt is a function's signature and docstring.",
+            remedy="check the row; a prompt is a function's signature and docstring",
         ) from error
     helpers = [
         node for node in module.body if not (isinstance(node, ast.FunctionDef) and node.name == entry_point)
