@@ -330,12 +330,11 @@ def test_running_weights_have_mean_one_in_expectation_and_ignore_the_split():
 @settings(max_examples=60, deadline=None)
 def test_running_weights_of_any_finite_scores_are_inside_the_bounds(scores, later, temperature):
     old, new = torch.tensor(scores), torch.tensor(later)
-    statistics = score_statistics(old, torch.ones_like(old, dtype=torch.bool))
-    statistics = score_statistics(
-        old.flip(0) / 2, torch.ones_like(old, dtype=torch.bool), previous=statistics
-    )
+    old_valid, new_valid = torch.ones_like(old, dtype=torch.bool), torch.ones_like(new, dtype=torch.bool)
+    statistics = score_statistics(old, old_valid, temperature=temperature)
+    statistics = score_statistics(old.flip(0) / 2, old_valid, temperature=temperature, previous=statistics)
     assert all(value.isfinite() for value in statistics)
-    weights = normalize_with_statistics(new, torch.ones_like(new, dtype=torch.bool), statistics)
+    weights = normalize_with_statistics(new, new_valid, statistics, temperature=temperature)
     assert ((weights >= 0.05) & (weights <= 3.0)).all()
     assert (weights[new.argsort()].diff() >= 0).all()
 

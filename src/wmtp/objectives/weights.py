@@ -239,7 +239,7 @@ def clipped_exp(log_weights: Tensor, epsilon: float, w_max: float) -> Tensor:
 
 
 def standardize(scores: Tensor, valid: Tensor, groups: Groups) -> Tensor:
-    """Z-scores, with the population standard deviation; exactly 0 where all scores of a group are equal.
+    """Z-scores, with the population standard deviation; all equal where all scores of a group are.
 
     Divided by max|s| first: the square of 1e300 overflows even float64.
 
@@ -257,8 +257,7 @@ def standardize(scores: Tensor, valid: Tensor, groups: Groups) -> Tensor:
     num_valid = count_over(groups, valid)
     centered = torch.where(valid, scaled - groups.expand(groups.sum(scaled) / num_valid), 0.0)
     deviation = (groups.sum(centered.square()) / num_valid).sqrt()
-    z = centered / groups.expand(torch.where(is_constant, 1.0, deviation))
-    return torch.where(groups.expand(is_constant), 0.0, z)
+    return centered / groups.expand(torch.where(is_constant, 1.0, deviation))
 
 
 def scaled_logits(scores: Tensor, valid: Tensor, groups: Groups, temperature: float) -> Tensor:
