@@ -140,7 +140,7 @@ def _texts(row: Mapping[str, Any], fields: Sequence[str], dataset: str) -> list[
 
 def _prompt_helpers(prompt: str, entry_point: str, task_id: str) -> str:
     try:
-        # A prompt that ends with its docstring is a whole function; `pass` is for one that ends in "def f():".
+        # A prompt that ends with its docstring is a function; one that ends in its signature needs `pass`.
         module = ast.parse(prompt + "\n    pass\n")
     except SyntaxError as error:
         raise DataError(
