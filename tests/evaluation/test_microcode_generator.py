@@ -166,7 +166,7 @@ def test_pitfalls_are_got_wrong_more_often_than_right_and_everything_else_seldom
     with_pitfall = [p for p in problems if pitfalls & set(p.composition)]
     others = [p for p in problems if not pitfalls & set(p.composition)]
     assert 0.5 < sum(p.is_wrong for p in with_pitfall) / len(with_pitfall) < 0.7
-    assert 0.05 < sum(p.is_wrong for p in others) / len(others) < 0.2
+    assert 0.02 < sum(p.is_wrong for p in others) / len(others) < 0.2
 
 
 def test_comment_lines_hardly_ever_repeat() -> None:

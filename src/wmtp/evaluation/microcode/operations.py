@@ -70,13 +70,13 @@ _INTEGER_OPERATIONS = (
     Operation(
         "keep_above", "ints", ("keep numbers above {k}", "keep what is above {k}"),
         "[x for x in xs if x > {k}]", lambda v, k: [x for x in v if x > k],
-        "[x for x in xs if x >= {k}]", lambda v, k: [x for x in v if x >= k],
+        "[x for x in xs if x > {k} - 1]", lambda v, k: [x for x in v if x > k - 1],
         constants=_DIGITS, is_pitfall=True,
     ),
     Operation(
         "keep_below", "ints", ("keep numbers below {k}", "keep what is below {k}"),
         "[x for x in xs if x < {k}]", lambda v, k: [x for x in v if x < k],
-        "[x for x in xs if x <= {k}]", lambda v, k: [x for x in v if x <= k],
+        "[x for x in xs if x < {k} - 1]", lambda v, k: [x for x in v if x < k - 1],
         constants=_DIGITS, is_pitfall=True,
     ),
     Operation(
@@ -120,7 +120,7 @@ _INTEGER_OPERATIONS = (
     Operation(
         "take", "ints", ("take the first {k}", "take only the first {k}"),
         "xs[:{k}]", lambda v, k: v[:k],
-        "xs[:-{k}]", lambda v, k: v[:-k],
+        "xs[:{k} - 1]", lambda v, k: v[: k - 1],
         constants=_SMALL, is_pitfall=True,
     ),
     Operation(
@@ -169,7 +169,7 @@ _TEXT_OPERATIONS = (
     Operation(
         "take_text", "text", ("take the first {k} letters", "take only the first {k} letters"),
         "s[:{k}]", lambda v, k: v[:k],
-        "s[:-{k}]", lambda v, k: v[:-k],
+        "s[:{k} - 1]", lambda v, k: v[: k - 1],
         constants=_SMALL, is_pitfall=True,
     ),
     Operation(

@@ -176,11 +176,12 @@ def _draw_step(rng: random.Random, operation: Operation) -> Step:
 def _draw_inputs(rng: random.Random, family: Family, steps: Sequence[Step]) -> tuple[Value, ...]:
     if family == "text":
         return tuple(" ".join(rng.sample(_WORDS, rng.randint(2, 3))) for _ in range(_NUM_TESTS))
-    # The constants themselves are among the numbers, so that `>` and `>=` give different results.
+    # The constants and their neighbours are among the numbers, so that a bound off by one shows.
     constants = [step.constant for step in steps if step.constant is not None]
     inputs: list[Value] = []
     for _ in range(_NUM_TESTS):
-        numbers = rng.choices(range(-9, 21), k=rng.randint(4, 7)) + constants
+        near = [constant - rng.randint(0, 1) for constant in constants]
+        numbers = rng.choices(range(-9, 21), k=rng.randint(4, 7)) + near
         rng.shuffle(numbers)
         inputs.append(numbers)
     return tuple(inputs)
