@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -15,6 +16,10 @@ from rich.text import Text
 
 from wmtp.cli import evaluate, list_components, quickstart, schema, train, validate
 from wmtp.exceptions import WmtpError
+
+# OpenMP's threads by default wait for each other in a busy loop. On a machine with anything else to do that
+# makes two # threads up to twenty times slower than one; sleeping costs little when idle. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 app = typer.Typer(
     name="wmtp",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -65,7 +65,11 @@ def run_quickstart(output: Path, *, seed: int = 0, options: RunOptions | None = 
             display.status(f"pass@1 {_pass_at_1(runs[algorithm])}")
     paths = run_paths(config, f"quickstart-{stamp}")
     with display.phase("report"):
-        report_runs = [run.report_run for run in runs.values() if run.report_run is not None]
+        report_runs = [
+            replace(run.report_run, name=algorithm)
+            for algorithm, run in runs.items()
+            if run.report_run is not None
+        ]
         files = write_report(
             paths.report,
             title="WMTP quickstart: three algorithms on MicroCode",

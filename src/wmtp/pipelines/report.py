@@ -81,33 +81,37 @@ def write_settings(config: Config, recipe: Recipe, paths: RunPaths) -> None:
 
 
 def token_views(trainer: BaseWmtpTrainer, parts: RunParts) -> list[TokenView]:
-    """Training examples with the weight the finished run gives each token, and the loss of every head on it.
+    """The longest of some training examples, with the weight the finished run gives each of their tokens.
 
-    The examples are the first of the data, so all algorithms on the same data show the same texts.
+    The examples are the same for all algorithms on the same data. None where all weights are uniform.
     """
     context = trainer.training_run.context
-    batch = to_device(parts.data.collator(list(parts.data.features[:_NUM_VIEW_EXAMPLES])), context.device)
+    features = parts.data.features[:_NUM_VIEW_EXAMPLES]
+    batch = to_device(parts.data.collator(list(features)), context.device)
     with evaluation_mode(context.model):
         output = trainer.training_run.train_step.forward(batch)
         weights = trainer.compute_head_weights([batch], [output])
+        if weights is None:
+            return []
         ce_BSH = _losses_by_token(trainer, batch, output.hidden_BSHD)
+    lengths = batch["attention_mask"].sum(dim=1)
+    is_target_BS = batch["token_labels"] != IGNORE_INDEX
+    # Nothing predicts a document's first token.
+    is_target_BS[:, 0] = False
     views = []
-    for row in range(min(_NUM_VIEWS, len(parts.data.features))):
-        num_tokens = int(batch["attention_mask"][row].sum())
-        ids = batch["input_ids"][row, :num_tokens].tolist()
-        is_target = (batch["token_labels"][row, :num_tokens] != IGNORE_INDEX).tolist()
-        row_weights: list[float] = (
-            [1.0] * num_tokens if weights is None else weights.token_weight_BS[0][row, :num_tokens].tolist()
-        )
+    for row in lengths.argsort(descending=True, stable=True)[:_NUM_VIEWS].tolist():
+        end = int(lengths[row])
+        row_weights = weights.token_weight_BS[0][row, :end].tolist()
+        is_target = is_target_BS[row, :end].tolist()
+        ids = batch["input_ids"][row, :end].tolist()
         views.append(
             TokenView(
-                title=f"Training example {parts.data.features[row].get('row_id', row)}",
+                title=f"Training example {features[row].get('row_id', row)}",
                 tokens=[str(parts.tokenizer.tokenizer.decode([token_id])) for token_id in ids],
                 weights=[
-                    weight if target and position > 0 else None
-                    for position, (weight, target) in enumerate(zip(row_weights, is_target, strict=True))
+                    weight if target else None for weight, target in zip(row_weights, is_target, strict=True)
                 ],
-                ce=[[None if value < 0 else value for value in token] for token in ce_BSH[row][:num_tokens]],
+                ce=[[None if value < 0 else value for value in token] for token in ce_BSH[row][:end]],
             )
         )
     return views

@@ -29,7 +29,7 @@ class RewardSettings(Section):
         default="sequence", description="One reward at a document's last token, or one at every token."
     )
     num_programs: int = Field(
-        default=600, ge=2, description="Programs of the training data that stage 1 rewards, right and wrong."
+        default=1000, ge=2, description="Programs of the training data that stage 1 rewards, right and wrong."
     )
 
 
@@ -37,7 +37,7 @@ class PretrainSettings(Section):
     """Stage 1: the value head is trained on the frozen base."""
 
     max_steps: int = Field(default=300, ge=1, description="Optimizer steps of stage 1.")
-    lr: float = Field(default=1e-3, gt=0, description="Peak learning rate of stage 1.")
+    lr: float = Field(default=3e-3, gt=0, description="Peak learning rate of stage 1 and of the value loss.")
     batch_size: int = Field(default=16, ge=1, description="Programs of a batch of stage 1.")
     holdout_ratio: float = Field(
         default=0.2,

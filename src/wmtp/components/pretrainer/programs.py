@@ -90,6 +90,8 @@ def sample_rollouts(
     generator = np.random.Generator(np.random.PCG64([recipe.train.seed, len(with_tests), 1]))
     order = generator.permutation(len(with_tests))
     chosen = [with_tests[order[index % len(order)]] for index in range(settings.num_rollouts)]
+    # Tasks of one dataset share their stop strings; where they do not, assembling the program cuts at its own.
+    stops = {example.task.stop for example in chosen if example.task is not None}
     generations = generate(
         model.causal_lm,
         [tokenizer.encode_prompt(example.prompt) for example in chosen],
@@ -97,6 +99,7 @@ def sample_rollouts(
         max_new_tokens=recipe.eval.max_new_tokens,
         temperature=settings.rollout_temperature,
         seed=recipe.train.seed,
+        stop=stops.pop() if len(stops) == 1 else (),
         batch_size=recipe.eval.batch_size,
     )
     rollouts = [
