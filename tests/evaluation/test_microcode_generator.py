@@ -49,11 +49,11 @@ def test_known_problem_never_changes_from_machine_to_machine() -> None:
     problem = generate_problems(split="test", num_problems=1, seed=0)[0]
     assert problem.task_id == "microcode/test/0/0"
     assert problem.program == (
-        "# add 6 to every number, then keep only odd numbers, then multiply every number by 7\n"
+        "# take only the first 3, then add 2 to every number, then keep numbers below 5\n"
         "def f(xs):\n"
-        "    xs = [x + 6 for x in xs]\n"
-        "    xs = [x for x in xs if x % 2 == 1]\n"
-        "    return [x * 7 for x in xs]\n"
+        "    xs = xs[:3]\n"
+        "    xs = [x + 2 for x in xs]\n"
+        "    return [x for x in xs if x < 5]\n"
     )
 
 

@@ -18,7 +18,7 @@ from wmtp.cli import evaluate, list_components, quickstart, schema, train, valid
 from wmtp.exceptions import WmtpError
 
 # OpenMP's threads by default wait for each other in a busy loop. On a machine with anything else to do that
-# makes two # threads up to twenty times slower than one; sleeping costs little when idle. Read when torch is imported.
+# makes two threads up to twenty times slower than one; sleeping costs little. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 app = typer.Typer(

@@ -90,7 +90,7 @@ def sample_rollouts(
     generator = np.random.Generator(np.random.PCG64([recipe.train.seed, len(with_tests), 1]))
     order = generator.permutation(len(with_tests))
     chosen = [with_tests[order[index % len(order)]] for index in range(settings.num_rollouts)]
-    # Tasks of one dataset share their stop strings; where they do not, assembling the program cuts at its own.
+    # Tasks of one dataset share their stop strings; elsewhere assembling the program cuts at its own.
     stops = {example.task.stop for example in chosen if example.task is not None}
     generations = generate(
         model.causal_lm,
