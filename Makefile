@@ -41,7 +41,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-torture: setup  ## the slow tests
+torture: setup  ## the slow tests: the quickstart's results, all benchmark references, faults
 	$(BIN)/python -m pytest -m slow -q
 
 bench: setup  ## side-by-side measurements

@@ -34,14 +34,18 @@ def build_micro_llama(seed: int = MICRO_LLAMA_SEED) -> LlamaForCausalLM:
         max_position_embeddings=512,
         # Wider than the usual 0.02, so that so narrow a model learns from its first steps.
         initializer_range=0.08,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config)
+        # As wide as what the layers add to them. With smaller embeddings the trunk of so small a model forgets
+        # which token stood where, and a critic on it sees little but the instruction.
+        torch.nn.init.normal_(model.get_input_embeddings().weight)
+    return model
 
 
 def micro_tokenizer() -> PreTrainedTokenizerBase:
