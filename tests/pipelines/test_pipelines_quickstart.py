@@ -76,7 +76,7 @@ def test_a_blind_critic_trains_like_the_baseline(
     )
     blind = run_training_pipeline(config, recipe, options=RunOptions(run_name=f"blind-{form}"))
     baseline = quickstart.runs["baseline"]
-    history = [row for row in read_metrics(output / f"reports/blind-{form}/metrics.jsonl")]
+    history = read_metrics(output / f"reports/blind-{form}/metrics.jsonl")
     strengths = [row["critic/strength"] for row in history if "critic/strength" in row]
     assert max(strengths) < 0.3
     losses = [row["train/ce_mean"] for row in history if "train/ce_mean" in row]

@@ -4,6 +4,7 @@ from wmtp.modeling.flops import flops_per_token
 from wmtp.modeling.hidden_states import extract_hidden_states
 from wmtp.modeling.mtp_model import MTPModel
 from wmtp.modeling.outputs import LayerArguments, MTPOutput, TrunkOutput
+from wmtp.modeling.probe import evaluating
 from wmtp.modeling.value_head import ValueHead
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "MTPOutput",
     "TrunkOutput",
     "ValueHead",
+    "evaluating",
     "extract_hidden_states",
     "flops_per_token",
 ]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from wmtp.components.data import to_device
 from wmtp.components.trainer import BaseWmtpTrainer, TrainerContext
-from wmtp.components.trainer.base import set_training, to_device
+from wmtp.components.trainer.base import set_training
 from wmtp.components.trainer.callbacks.metrics import peak_memory_gib
 
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import yaml
 from torch import Tensor
 
+from wmtp.components.data import to_device
 from wmtp.components.data.examples import Batch
 from wmtp.components.evaluator import EvaluationResult
-from wmtp.components.evaluator.base import evaluation_mode
 from wmtp.components.trainer import BaseWmtpTrainer
-from wmtp.components.trainer.base import to_device
+from wmtp.modeling import evaluating
 from wmtp.objectives import IGNORE_INDEX, shift_labels, token_cross_entropy
 from wmtp.pipelines.environment import RunPaths
 from wmtp.pipelines.outputs import EvaluationOutputs
@@ -88,7 +88,7 @@ def token_views(trainer: BaseWmtpTrainer, parts: RunParts) -> list[TokenView]:
     context = trainer.training_run.context
     features = parts.data.features[:_NUM_VIEW_EXAMPLES]
     batch = to_device(parts.data.collator(list(features)), context.device)
-    with evaluation_mode(context.model):
+    with evaluating(context.model):
         output = trainer.training_run.train_step.forward(batch)
         weights = trainer.compute_head_weights([batch], [output])
         if weights is None:

@@ -22,7 +22,9 @@ class TrainDataSettings(Section):
         default=1, ge=1, description="Rows of a micro-batch; with packing a row holds several examples."
     )
     max_tokens_per_batch: int | None = Field(
-        default=None, ge=1, description="Most tokens of a micro-batch, padding included; null is no limit."
+        default=None,
+        ge=1,
+        description="Most tokens of a micro-batch, padding included; where set, batch_size is not used.",
     )
     max_length: int = Field(default=2048, ge=2, description="Tokens of a row; longer examples are cut.")
     pack_sequences: bool = Field(

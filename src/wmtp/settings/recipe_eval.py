@@ -42,7 +42,7 @@ class EvalSettings(Section):
     )
     seed: Seed = Field(default=0, description="Seed of sampling.")
     timeout_s: float = Field(default=10.0, gt=0, description="Time one program may run, in seconds.")
-    memory_mib: int = Field(default=512, ge=32, description="Memory one program may use, in MiB.")
+    memory_mib: int = Field(default=512, ge=64, description="Memory one program may use, in MiB.")
     num_workers: int | None = Field(
         default=None, ge=1, description="Programs executed at once; null is the number of CPU cores."
     )

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from torch import Generator
+import torch
+from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from wmtp.components.data.examples import Batch, Bin, Feature
@@ -235,3 +236,11 @@ def evaluation_batches(features: Sequence[Feature], collator: Collator, batch_si
     """Every feature once, in order, one a row, `batch_size` rows at a time; the last batch may be smaller."""
     for start in range(0, len(features), batch_size):
         yield collator(list(features[start : start + batch_size]))
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move the tensors of a batch; other entries stay."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }

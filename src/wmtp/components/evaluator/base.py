@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
-from torch import nn
 
 from wmtp.components.data.examples import Batch
 from wmtp.components.tokenizer import HfTokenizer
@@ -123,27 +120,6 @@ class EvaluationResult:
     metrics: dict[str, float]
     datasets: dict[str, DatasetResult] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and gradients off inside the block; every submodule gets its mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with its tensors on `device`."""
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
 
 
 def no_targets_error() -> UserInputError:

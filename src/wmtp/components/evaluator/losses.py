@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 
 from wmtp.components.base import Component
+from wmtp.components.data import to_device
 from wmtp.components.data.examples import Batch
 from wmtp.components.evaluator.base import (
     EvaluationResult,
     EvaluatorContext,
-    evaluation_mode,
     no_targets_error,
-    to_device,
 )
 from wmtp.components.registry import evaluator_registry
-from wmtp.modeling import MTPModel, MTPOutput
+from wmtp.modeling import MTPModel, MTPOutput, evaluating
 from wmtp.objectives import IGNORE_INDEX, shift_labels, token_cross_entropy
 from wmtp.settings.recipe_eval import EvalSettings
 
@@ -53,7 +52,7 @@ def measure_losses(
     ce_sum_H = torch.zeros(model.horizon, dtype=torch.float64)
     count_H = torch.zeros(model.horizon, dtype=torch.int64)
     loss_sum, num_positions = 0.0, 0
-    with evaluation_mode(model):
+    with evaluating(model):
         for batch in batches:
             output, labels_BSH = _forward(model, batch, autocast)
             ce_BSH = torch.stack(
@@ -98,7 +97,7 @@ def measure_accuracy(
     """
     correct_H = torch.zeros(model.horizon, dtype=torch.int64)
     count_H = torch.zeros(model.horizon, dtype=torch.int64)
-    with evaluation_mode(model):
+    with evaluating(model):
         for batch in batches:
             output, labels_BSH = _forward(model, batch, autocast)
             for head in range(model.horizon):

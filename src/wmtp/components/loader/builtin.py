@@ -18,7 +18,7 @@ MICRO_LLAMA_SEED: Final = 0
 
 
 def build_micro_llama(seed: int = MICRO_LLAMA_SEED) -> LlamaForCausalLM:
-    """Build the model: about 0.5 M parameters, 4 layers, at most 512 tokens; the same weights for the same
+    """Build the model: 0.5 M parameters, 4 layers, at most 512 tokens; the same weights for the same
     seed.
 
     The global random state is left as it was.
@@ -42,9 +42,9 @@ def build_micro_llama(seed: int = MICRO_LLAMA_SEED) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-        # As wide as what the layers add to them. With smaller embeddings the trunk of so small a model forgets
-        # which token stood where, and a critic on it sees little but the instruction.
-        torch.nn.init.normal_(model.get_input_embeddings().weight)
+        # As wide as what the layers add to them. With smaller embeddings the trunk of so small a model
+        # forgets which token stood where, and a critic on it sees little but the instruction.
+        torch.nn.init.normal_(model.model.embed_tokens.weight)
     return model
 
 

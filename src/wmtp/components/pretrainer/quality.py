@@ -12,7 +12,7 @@ from torch import Tensor
 from wmtp.components.data import evaluation_batches
 from wmtp.components.data.batching import Collator
 from wmtp.components.data.examples import Batch, Feature
-from wmtp.modeling import MTPModel, MTPOutput, ValueHead
+from wmtp.modeling import MTPModel, MTPOutput, ValueHead, evaluating
 from wmtp.objectives import explained_variance, roc_auc
 
 
@@ -53,7 +53,6 @@ class CriticQuality:
         return max(0.0, 2.0 * self.auc - 1.0) if self.auc == self.auc else 0.0
 
 
-@torch.no_grad()
 def measure_critic(
     model: MTPModel,
     value_head: ValueHead,
@@ -66,20 +65,16 @@ def measure_critic(
 ) -> CriticQuality:
     """Measure a value head on held-out programs with the model as it is now."""
     last, values, returns = [], [], []
-    was_training = model.training, value_head.training
-    model.eval()
-    value_head.eval()
-    for batch in evaluation_batches(programs.features, collator, batch_size):
-        with autocast():
-            output = forward_trunk_and_head(model, batch, device)
-            values_BS = value_head(output).cpu()
-        for row, mask in enumerate(batch["reward_mask"]):
-            document = values_BS[row][mask]
-            last.append(document[-1])
-            values.append(document)
-            returns.append(torch.full_like(document, float(batch["token_rewards"][row].sum())))
-    model.train(was_training[0])
-    value_head.train(was_training[1])
+    with evaluating(model), evaluating(value_head):
+        for batch in evaluation_batches(programs.features, collator, batch_size):
+            with autocast():
+                output = forward_trunk_and_head(model, batch, device)
+                values_BS = value_head(output).cpu()
+            for row, mask in enumerate(batch["reward_mask"]):
+                document = values_BS[row][mask]
+                last.append(document[-1])
+                values.append(document)
+                returns.append(torch.full_like(document, float(batch["token_rewards"][row].sum())))
     is_right = torch.tensor(programs.is_right)
     all_values, all_returns = torch.cat(values), torch.cat(returns)
     known = torch.ones_like(all_values, dtype=torch.bool)

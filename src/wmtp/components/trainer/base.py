@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wmtp.components.base import Component
-from wmtp.components.data import TrainingData
+from wmtp.components.data import TrainingData, to_device
 from wmtp.components.data.examples import Batch
 from wmtp.components.optimizer import OptimizerBundle
 from wmtp.components.scorer.base import Scorer, ScorerContext
@@ -252,11 +252,3 @@ def set_training(modules: dict[str, nn.Module], mode: bool = True) -> None:
     """Put all modules into training (or evaluation) mode."""
     for module in modules.values():
         module.train(mode)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move the tensors of a batch; other entries stay."""
-    return {
-        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for key, value in batch.items()
-    }
