@@ -163,7 +163,8 @@ def _samples(results: list[EvaluationResult]) -> list[ProgramSample]:
         for dataset in result.datasets.values():
             if dataset.generations is None:
                 continue
-            rows = [json.loads(line) for line in dataset.generations.read_text("utf-8").splitlines()]
+            # By bytes, because `str.splitlines` also cuts at characters that may stand inside a program.
+            rows = [json.loads(line) for line in dataset.generations.read_bytes().splitlines()]
             passed = [row for row in rows if row["passed"]][: _NUM_SAMPLES // 2]
             other = [row for row in rows if not row["passed"]][: _NUM_SAMPLES - len(passed)]
             samples += [

@@ -155,7 +155,8 @@ def write_programs(path: Path, programs: Sequence[LabelledProgram]) -> None:
         )
         for program in programs
     ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    # Generated text may hold lone surrogates (bytes that are no character).
+    path.write_bytes("".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
 
 
 def read_programs(path: Path) -> list[LabelledProgram]:
@@ -166,7 +167,8 @@ def read_programs(path: Path) -> list[LabelledProgram]:
     """
     if not path.is_file():
         raise CheckpointError(f"the run has no rewarded programs at {path}", remedy="start the run anew")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # By bytes, because `str.splitlines` also cuts at characters that may stand inside a program.
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     return [
         LabelledProgram(
             Example(row["row_id"], row["prompt"], row["completion"], reward=row["reward"]),
