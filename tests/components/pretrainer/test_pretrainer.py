@@ -185,7 +185,9 @@ def test_data_without_rewards_is_an_error_that_says_what_is_missing(source: str,
 
 def test_kept_programs_come_back_as_they_were(tmp_path: Path) -> None:
     programs = [
-        LabelledProgram(Example("a:1", "프롬프트", "return '\u2028\x85\udc80'\n", reward=0.25), False, "data"),
+        LabelledProgram(
+            Example("a:1", "프롬프트", "return '\u2028\x85\udc80'\n", reward=0.25), False, "data"
+        ),
         LabelledProgram(Example("a:1#rollout-0", "p", "", reward=1.0), True, "rollout"),
     ]
     write_programs(tmp_path / "critic/programs.jsonl", programs)

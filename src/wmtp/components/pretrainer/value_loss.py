@@ -19,12 +19,12 @@ def value_errors(batch: Batch, values_BS: Tensor, *, gamma: float, lam: float) -
         lam: GAE's lambda.
 
     Returns:
-        fp32 [B,S]; gradient flows to V, not to the return.
+        fp32 [B,S]; gradient flows to V, not to the return, which is made without gradient.
     """
     known_BS = batch["reward_mask"]
     _, returns_BS = generalized_advantages(
         batch["token_rewards"],
-        values_BS.detach(),
+        values_BS,
         known_BS,
         gamma=gamma,
         lam=lam,

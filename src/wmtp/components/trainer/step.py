@@ -74,9 +74,9 @@ class TrainStep:
             batches: the micro-batches of the step, on the model's device.
         """
         normalizer = torch.stack([loss_normalizer(b["labels"], self.loss.reduction) for b in batches]).sum(0)
-        # With one micro-batch the graph of its forward serves for scoring and for the loss. With several, keeping
-        # all graphs would cost the memory that accumulation is meant to save: each is scored in a pass of its
-        # own first.
+        # With one micro-batch the graph of its forward serves for scoring and for the loss. With several,
+        # keeping all graphs would cost the memory that accumulation is meant to save: each is scored in a
+        # pass of its own first.
         outputs = [self.forward(batches[0])] if len(batches) == 1 else []
         weights = self.compute_head_weights(batches, outputs)
         result = self._empty_result(batches)
