@@ -41,12 +41,10 @@ class Critic:
     Attributes:
         value_head: on the run's device.
         holdout: programs neither stage trains the value head on.
-        quality: as measured before stage 2; None for an untrained head of a dry run.
     """
 
     value_head: ValueHead
     holdout: RewardedPrograms
-    quality: CriticQuality | None
 
 
 def prepare_critic(
@@ -88,21 +86,11 @@ def prepare_critic(
             device=environment.device,
             autocast=autocast,
         )
-        pretrained = ComponentFactory.create_pretrainer(recipe).run(context)
-        value_head, quality = pretrained.value_head, pretrained.quality
+        value_head = ComponentFactory.create_pretrainer(recipe).run(context).value_head
     else:
         value_head = ValueHead.load(saved_head, model).to(environment.device)
-        quality = measure_critic(
-            model,
-            value_head,
-            holdout_programs,
-            collator=data.collator,
-            batch_size=_MEASURE_BATCH_SIZE,
-            device=environment.device,
-            autocast=autocast,
-        )
     value_head.save(folder / "value_head")
-    return Critic(value_head, holdout_programs, quality)
+    return Critic(value_head, holdout_programs)
 
 
 def untrained_critic(recipe: Recipe, model: MTPModel, environment: Environment) -> Critic | None:
@@ -110,7 +98,7 @@ def untrained_critic(recipe: Recipe, model: MTPModel, environment: Environment) 
     if recipe.train.algo != "critic-wmtp":
         return None
     value_head = ValueHead.from_model(model, form=recipe.critic.head.form).to(environment.device)
-    return Critic(value_head, RewardedPrograms([], []), None)
+    return Critic(value_head, RewardedPrograms([], []))
 
 
 def critic_measurement(
