@@ -28,11 +28,11 @@ def test_each_extra_head_equals_the_wrapped_model_with_that_head_as_its_last_lay
     tokens = random_tokens()
     with torch.no_grad():
         logits_BSHV = model(tokens).logits()
-        for head, layer in enumerate(model.extra_heads, start=1):
+        for head, extra_head in enumerate(model.extra_heads, start=1):
             other = build_causal_lm(family)
             other.load_state_dict(model.causal_lm.state_dict())
             own_layers = other.base_model.h if family in ("gpt2", "gptj") else other.base_model.layers
-            own_layers[-1].load_state_dict(layer.state_dict())
+            own_layers[-1].load_state_dict(extra_head.layer.state_dict())
             assert torch.equal(logits_BSHV[:, :, head], other(tokens).logits), head
 
 

@@ -62,7 +62,7 @@ def test_heads_equal_an_independent_computation() -> None:
         for layer in base.layers[:-1]:
             x_BSD = _llama_layer_by_hand(layer, x_BSD)
         torch.testing.assert_close(out.trunk_BSD, x_BSD, rtol=0, atol=1e-6)
-        for head, layer in enumerate([base.layers[-1], *model.extra_heads]):
+        for head, layer in enumerate([base.layers[-1], *(head.layer for head in model.extra_heads)]):
             y_BSD = _llama_layer_by_hand(layer, x_BSD)
             normed = y_BSD / (y_BSD.square().mean(-1, keepdim=True) + 1e-6).sqrt() * base.norm.weight
             torch.testing.assert_close(out.hidden_BSHD[:, :, head], normed, rtol=0, atol=1e-6)
@@ -231,8 +231,8 @@ def test_tied_embeddings_stay_tied_after_loading_a_state_dict() -> None:
 def test_a_missing_tensor_is_still_noticed_by_strict_loading() -> None:
     model = build_mtp("llama_tied")
     state = model.state_dict()
-    del state["extra_heads.0.mlp.up_proj.weight"]
-    with pytest.raises(RuntimeError, match=r"extra_heads\.0\.mlp\.up_proj\.weight"):
+    del state["extra_heads.0.layer.mlp.up_proj.weight"]
+    with pytest.raises(RuntimeError, match=r"extra_heads\.0\.layer\.mlp\.up_proj\.weight"):
         model.load_state_dict(state)
 
 

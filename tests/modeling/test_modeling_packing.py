@@ -108,7 +108,7 @@ def test_one_document_a_row_takes_the_fast_path_without_any_mask() -> None:
     positions = torch.arange(16).expand(2, 16).where(ids >= 0, 0)
     with torch.no_grad():
         out = model(tokens, attention_mask=(ids >= 0).long(), position_ids=positions, document_ids=ids)
-        assert out.layer_arguments.keyword["attention_mask"] is None
+        assert out.trunk.layer_arguments.keyword["attention_mask"] is None
         assert torch.equal(out.hidden_BSHD[0], model(tokens).hidden_BSHD[0])
         alone = model(tokens[1:, :10]).hidden_BSHD[0]
     torch.testing.assert_close(out.hidden_BSHD[1, :10], alone, rtol=0, atol=1e-5)

@@ -205,7 +205,7 @@ def test_a_misshapen_tensor_of_the_base_is_an_error(plain: Path) -> None:
 def test_head_tensors_that_are_missing_misshapen_or_unknown_are_named(export: Path) -> None:
     file = export / "mtp_heads.safetensors"
     good = load_file(file)
-    name = "heads.2.mlp.up_proj.weight"
+    name = "heads.2.layer.mlp.up_proj.weight"
     save_file({key: value for key, value in good.items() if key != name}, file)
     with pytest.raises(ModelLoadError, match=rf"mtp_heads\.safetensors lacks the tensor '{name}'"):
         MTPModel.from_pretrained(export)
@@ -223,7 +223,7 @@ def test_head_tensors_that_are_missing_misshapen_or_unknown_are_named(export: Pa
 
 
 @pytest.mark.parametrize(
-    "change", [{"format_version": 2}, {"head": "medusa"}, {"horizon": 0}, {"horizon": "4"}]
+    "change", [{"format_version": 2}, {"head": "hydra"}, {"horizon": 0}, {"horizon": "4"}]
 )
 def test_an_export_of_an_unknown_format_is_refused(export: Path, change: dict) -> None:
     _edit_json(export / "wmtp.json", **change)

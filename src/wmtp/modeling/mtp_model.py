@@ -1,17 +1,18 @@
 """A causal language model that predicts several tokens at once.
 
-The trunk is every decoder layer but the last. Head 0 is the model's own last layer; each further head is one
-more decoder layer that reads the trunk. All heads share the model's final norm and unembedding (Gloeckle et
-al., 2024, "Better & Faster Large Language Models via Multi-token Prediction").
+The trunk is every decoder layer but the last. Head 0 is the model's own last layer; the further heads, in one
+of the forms of `wmtp.modeling.heads`, start from the trunk or from the head before. All share the model's
+final norm and unembedding (Gloeckle et al., 2024, "Better & Faster Large Language Models via Multi-token
+Prediction").
 
 Shapes: B batch, S sequence, H heads (horizon), V vocabulary, D hidden size. Head h (0-based) at position t
-predicts token t+h+1.
+predicts token t + offsets[h], by default t+h+1.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,18 +22,23 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from wmtp.exceptions import ModelLoadError, UserInputError
 from wmtp.modeling import probe
-from wmtp.modeling.outputs import LayerArguments, MTPOutput, TrunkOutput
-from wmtp.modeling.packing import plan_attention
-from wmtp.modeling.pretrained import load_mtp_model, save_mtp_model
-from wmtp.modeling.state_dict import drop_tied_copies, restore_tied_copies
-from wmtp.modeling.structure import (
+from wmtp.modeling.formats.export import save_mtp_model
+from wmtp.modeling.formats.load import load_mtp_model
+from wmtp.modeling.heads import (
     Adapter,
     HeadForm,
-    check_head_options,
-    copy_last_layer,
-    find_decoder_parts,
-    find_logit_transform,
+    HeadInputs,
+    HeadRequest,
+    SavedHeads,
+    build_heads,
+    check_offsets,
+    plan_heads,
+    shift_left,
 )
+from wmtp.modeling.outputs import LayerArguments, MTPOutput, TrunkOutput
+from wmtp.modeling.packing import plan_attention
+from wmtp.modeling.state_dict import drop_tied_copies, restore_tied_copies
+from wmtp.modeling.structure import find_decoder_parts, find_logit_transform
 
 
 class MTPModel(nn.Module):
@@ -40,23 +46,29 @@ class MTPModel(nn.Module):
 
     Args:
         causal_lm: the model to wrap; it is kept, not copied.
-        extra_heads: the decoder layers of heads 1..H-1.
+        form: form of heads 1..H-1; see `wmtp.modeling.heads`.
+        offsets: how far ahead each head predicts, in tokens: increasing, the first 1. One number a head.
 
     Raises:
         ModelLoadError: the model's structure is not understood, found by comparing head 0 with the model
             itself.
+        UserInputError: offsets that do not increase from 1.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, extra_heads: nn.ModuleList) -> None:
+    def __init__(
+        self, causal_lm: PreTrainedModel, *, form: HeadForm = "transformer", offsets: Sequence[int] = (1,)
+    ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
-        self.extra_heads = extra_heads
+        self.head_form = form
+        self.offsets = check_offsets(offsets)
+        self._parts = find_decoder_parts(causal_lm)
         self._logit_transform = find_logit_transform(causal_lm)
+        self.extra_heads = build_heads(self._parts, form, self.offsets, self.hidden_size)
         self._structure_verified = False
         self._documents_verified = False
         self.register_state_dict_post_hook(drop_tied_copies)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(restore_tied_copies)  # type: ignore[no-untyped-call]
-        self._parts = find_decoder_parts(causal_lm)
         if not self._is_on_meta_device:
             self.verify_structure()
 
@@ -70,15 +82,25 @@ class MTPModel(nn.Module):
         horizon: int,
         head: HeadForm = "transformer",
         adapter: Adapter = "heads",
+        offsets: Sequence[int] | None = None,
     ) -> Self:
-        """Wrap a model in memory; heads 1..horizon-1 start as copies of its last decoder layer.
+        """Wrap a model in memory and give it new heads.
+
+        Args:
+            causal_lm: the model to wrap; it is kept, not copied.
+            horizon: number of heads H.
+            head: form of heads 1..H-1. Decoder layers start as copies of the model's last one.
+            adapter: `heads` adds heads of that form; `teacher_forcing` shifts the ordinary logits in their
+                place; `fallback` goes on with one head and warns.
+            offsets: how far ahead each head predicts; default 1..H.
 
         Raises:
-            UserInputError: horizon below 1, or an unknown head form or adapter.
+            UserInputError: horizon below 1, offsets that do not fit it, an unknown head form or adapter.
             ModelLoadError: the model is not a decoder-only causal language model of a known structure.
         """
-        check_head_options(horizon, head, adapter)
-        return cls(causal_lm, copy_last_layer(causal_lm, horizon - 1))
+        request = HeadRequest(horizon=horizon, head=head, adapter=adapter, offsets=offsets)
+        plan = plan_heads(request, SavedHeads(), type(causal_lm).__name__)
+        return cls(causal_lm, form=plan.form, offsets=plan.offsets)
 
     @classmethod
     def from_pretrained(
@@ -86,35 +108,35 @@ class MTPModel(nn.Module):
         path: str | Path,
         *,
         horizon: int | None = None,
-        head: HeadForm = "transformer",
+        head: HeadForm | None = None,
         adapter: Adapter = "heads",
+        offsets: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float32,
         trust_remote_code: bool = False,
     ) -> Self:
-        """Load a Hugging Face model or a WMTP export from a directory or the hub.
+        """Load a model of any kind: Hugging Face, Meta MTP native, or a WMTP export; a directory or a hub id.
 
         Args:
             path: a directory, or a hub id `org/name` or `org/name:subfolder`.
             horizon: number of heads; None takes what the checkpoint has (1 for a plain model). Fewer than it
-                has uses the first ones and warns; more adds copies of the last layer.
-            head: form of the heads.
-            adapter: how a checkpoint with too few heads gets more.
+                has uses the first ones and warns; more adds new ones.
+            head: form of the heads; None takes the checkpoint's (`transformer` for a plain model).
+            adapter: how a checkpoint with too few heads gets more, as for `from_causal_lm`.
+            offsets: how far ahead each head predicts; None takes the checkpoint's, or 1..H.
             dtype: of the parameters in memory.
             trust_remote_code: let the checkpoint run its own code. Off unless the user says so.
 
         Raises:
             ModelLoadError: files missing, unreadable or not fitting; the message names file and tensor.
-            UserInputError: a horizon, head form or adapter that cannot be.
+            UserInputError: a horizon, head form, adapter or offsets that cannot be had from this checkpoint.
         """
-        causal_lm, extra_heads = load_mtp_model(
+        return load_mtp_model(
+            cls,
             path,
-            horizon=horizon,
-            head=head,
-            adapter=adapter,
+            HeadRequest(horizon=horizon, head=head, adapter=adapter, offsets=offsets),
             dtype=dtype,
             trust_remote_code=trust_remote_code,
         )
-        return cls(causal_lm, extra_heads)
 
     def save_pretrained(
         self,
@@ -161,8 +183,9 @@ class MTPModel(nn.Module):
                 remedy=f"choose 1..{self.horizon}",
             )
         trunk = self.run_trunk(input_ids, attention_mask, position_ids, document_ids)
-        hidden_BSHD = torch.stack([self.run_head(head, trunk) for head in range(num_heads)], dim=2)
-        return MTPOutput(hidden_BSHD, trunk.trunk_BSD, trunk.layer_arguments, self.unembed)
+        states = self._run_states(trunk, num_heads)
+        hidden_BSHD = torch.stack([self.final_norm(state_BSD) for state_BSD in states], dim=2)
+        return MTPOutput(hidden_BSHD, trunk, self.unembed)
 
     def run_trunk(
         self,
@@ -190,12 +213,18 @@ class MTPModel(nn.Module):
         return self._run_trunk(input_ids, plan.attention_mask_BS, plan.position_ids_BS)
 
     def run_head(self, head: int, trunk: TrunkOutput) -> Tensor:
-        """Run one head on the trunk: its decoder layer, then the shared final norm. Returns [B,S,D]."""
-        layer = self.last_layer if head == 0 else self.extra_heads[head - 1]
-        arguments = trunk.layer_arguments
-        output = layer(trunk.trunk_BSD, *arguments.positional, **arguments.keyword)
-        hidden_BSD = output[0] if isinstance(output, tuple) else output
-        normed_BSD: Tensor = self.final_norm(hidden_BSD)
+        """Run one head, and those it reads, then the shared final norm. Returns [B,S,D].
+
+        For all heads `forward` is cheaper where heads read each other (`sequential`, `medusa`, `linear`).
+        """
+        if head == 0:
+            state_BSD = self._run_states(trunk, 1)[0]
+        elif self.head_form == "transformer":
+            state_BSD = self._run_extra_head(head, trunk, ())
+        else:
+            num_read = head if self.head_form == "sequential" else 1
+            state_BSD = self._run_extra_head(head, trunk, self._run_states(trunk, num_read))
+        normed_BSD: Tensor = self.final_norm(state_BSD)
         return normed_BSD
 
     def unembed(self, hidden: Tensor) -> Tensor:
@@ -208,7 +237,7 @@ class MTPModel(nn.Module):
         parts = self._parts
         optional = {"attention_mask": attention_mask, "position_ids": position_ids}
         given = {name: value for name, value in optional.items() if value is not None}
-        recorder = _LastLayerRecorder()
+        recorder = _LastLayerRecorder(input_ids)
         # The wrapped model prepares masks and positions in its own way and then meets the recorder where its
         # last layer was. Without a cache: a copied layer keeps its cache index and would attend to head 0's
         # keys.
@@ -219,6 +248,21 @@ class MTPModel(nn.Module):
         finally:
             parts.layers[-1] = last_layer
         return recorder.recorded
+
+    def _run_states(self, trunk: TrunkOutput, num_heads: int) -> list[Tensor]:
+        """Hidden states [B,S,D] of heads 0..num_heads-1 before the final norm."""
+        states = [trunk.layer_arguments.run_layer(self.last_layer, trunk.trunk_BSD)]
+        for head in range(1, num_heads):
+            states.append(self._run_extra_head(head, trunk, states))
+        return states
+
+    def _run_extra_head(self, head: int, trunk: TrunkOutput, states: Sequence[Tensor]) -> Tensor:
+        def embed_ahead(distance: int) -> Tensor:
+            embedding = self.causal_lm.get_input_embeddings()
+            return shift_left(embedding(trunk.input_ids_BS), distance)
+
+        state_BSD: Tensor = self.extra_heads[head - 1](HeadInputs(trunk, states, embed_ahead))
+        return state_BSD
 
     # ---------------------------------------------------------------- checks
 
@@ -280,12 +324,13 @@ class MTPModel(nn.Module):
     @property
     def horizon(self) -> int:
         """Number of heads, H."""
-        return 1 + len(self.extra_heads)
+        return len(self.offsets)
 
     @property
-    def offsets(self) -> tuple[int, ...]:
-        """How far ahead each head predicts: 1..H."""
-        return tuple(range(1, self.horizon + 1))
+    def can_draft(self) -> bool:
+        """Whether the heads can guess the next H tokens: one after another, without being given them."""
+        is_contiguous = self.offsets == tuple(range(1, self.horizon + 1))
+        return is_contiguous and self.horizon > 1 and self.head_form != "teacher_forcing"
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -362,13 +407,14 @@ class MTPModel(nn.Module):
 class _LastLayerRecorder(nn.Module):
     """Stands in for the last decoder layer and notes what it was called with."""
 
-    def __init__(self) -> None:
+    def __init__(self, input_ids_BS: Tensor) -> None:
         super().__init__()
+        self._input_ids_BS = input_ids_BS
         self._recorded: TrunkOutput | None = None
 
     def forward(self, *positional: Any, **keyword: Any) -> Tensor:
         trunk_BSD: Tensor = positional[0] if positional else keyword.pop("hidden_states")
-        self._recorded = TrunkOutput(trunk_BSD, LayerArguments(positional[1:], keyword))
+        self._recorded = TrunkOutput(trunk_BSD, LayerArguments(positional[1:], keyword), self._input_ids_BS)
         # What the wrapped model makes of it (its final norm) is not used.
         return trunk_BSD
 

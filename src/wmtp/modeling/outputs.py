@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +24,27 @@ class LayerArguments:
     positional: tuple[Any, ...]
     keyword: Mapping[str, Any]
 
+    def run_layer(self, layer: nn.Module, hidden_BSD: Tensor) -> Tensor:
+        """Run a decoder layer on hidden states [B,S,D] with these arguments; returns [B,S,D]."""
+        output = layer(hidden_BSD, *self.positional, **self.keyword)
+        # Some families return their attention weights or router logits beside the hidden states.
+        result_BSD: Tensor = output[0] if isinstance(output, tuple) else output
+        return result_BSD
+
 
 @dataclass(frozen=True, slots=True)
 class TrunkOutput:
-    """Hidden states in front of the last decoder layer, [B,S,D], and the arguments of that layer."""
+    """What all heads start from.
+
+    Attributes:
+        trunk_BSD: hidden states in front of the last decoder layer.
+        layer_arguments: what that layer is called with besides.
+        input_ids_BS: the tokens; heads of the form `sequential` embed those that come next.
+    """
 
     trunk_BSD: Tensor
     layer_arguments: LayerArguments
+    input_ids_BS: Tensor
 
     def detach(self) -> TrunkOutput:
         """Return the same values cut from the graph, so that no gradient reaches the trunk."""
@@ -42,21 +56,19 @@ class MTPOutput:
     """Hidden states of all heads.
 
     Attributes:
-        hidden_BSHD: after the final norm; entry [:, t, h] predicts token t+h+1.
-        trunk_BSD: what every head read.
-        layer_arguments: what every head was called with.
+        hidden_BSHD: after the final norm; entry [:, t, h] predicts token t + offsets[h], by default t+h+1.
+        trunk: what every head started from.
         unembed: maps hidden states [..., D] to logits [..., V], with bias, scaling and soft-capping.
     """
 
     hidden_BSHD: Tensor
-    trunk_BSD: Tensor
-    layer_arguments: LayerArguments
+    trunk: TrunkOutput
     unembed: Callable[[Tensor], Tensor]
 
     @property
-    def trunk(self) -> TrunkOutput:
-        """The trunk alone, as `MTPModel.run_head` takes it."""
-        return TrunkOutput(self.trunk_BSD, self.layer_arguments)
+    def trunk_BSD(self) -> Tensor:
+        """Hidden states in front of the last decoder layer."""
+        return self.trunk.trunk_BSD
 
     def logits(self) -> Tensor:
         """Return the logits of all heads, [B,S,H,V].
@@ -69,4 +81,4 @@ class MTPOutput:
 
     def detach(self) -> MTPOutput:
         """Return the same values cut from the graph."""
-        return replace(self, hidden_BSHD=self.hidden_BSHD.detach(), trunk_BSD=self.trunk_BSD.detach())
+        return replace(self, hidden_BSHD=self.hidden_BSHD.detach(), trunk=self.trunk.detach())

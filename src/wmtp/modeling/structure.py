@@ -7,20 +7,14 @@ numerically.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from wmtp.exceptions import ModelLoadError, UserInputError
+from wmtp.exceptions import ModelLoadError
 
-HeadForm = Literal["transformer"]
-Adapter = Literal["heads"]
-HEAD_FORMS = ("transformer",)
-ADAPTERS = ("heads",)
 LAYER_LIST_NAMES = ("layers", "h", "blocks")
 FINAL_NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "final_norm")
 
@@ -114,25 +108,3 @@ def find_logit_transform(causal_lm: PreTrainedModel) -> LogitTransform:
         divisor=1.0 if divisor is None else divisor,
         softcap=read("final_logit_softcapping"),
     )
-
-
-def check_head_options(horizon: int, head: str, adapter: str) -> None:
-    """Refuse a horizon below 1 and unknown head forms and adapters.
-
-    Raises:
-        UserInputError: with the value and what is possible.
-    """
-    if horizon < 1:
-        raise UserInputError(f"horizon is {horizon}", remedy="choose at least 1 (1 is next-token prediction)")
-    if head not in HEAD_FORMS:
-        raise UserInputError(f"unknown head form {head!r}", remedy=f"choose one of: {', '.join(HEAD_FORMS)}")
-    if adapter not in ADAPTERS:
-        raise UserInputError(f"unknown adapter {adapter!r}", remedy=f"choose one of: {', '.join(ADAPTERS)}")
-
-
-def copy_last_layer(causal_lm: PreTrainedModel, num_copies: int) -> nn.ModuleList:
-    """Return trainable copies of the last decoder layer, the start of every new head."""
-    last_layer = find_decoder_parts(causal_lm).layers[-1]
-    copies = nn.ModuleList(copy.deepcopy(last_layer) for _ in range(num_copies))
-    # The wrapped model may be frozen; its new heads are there to be trained.
-    return copies.requires_grad_(True)

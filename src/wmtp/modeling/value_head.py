@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wmtp.exceptions import ModelLoadError, UserInputError
-from wmtp.modeling.model_files import read_json, tensor_shapes
+from wmtp.modeling.formats.sources import read_json
+from wmtp.modeling.formats.tensors import check_tensors, shapes_of, tensor_shapes
 from wmtp.modeling.mtp_model import MTPModel
 from wmtp.modeling.outputs import MTPOutput
-from wmtp.modeling.pretrained import check_shapes
 
 ValueHeadForm = Literal["transformer", "mlp", "linear"]
 VALUE_HEAD_FORMS = ("transformer", "mlp", "linear")
@@ -89,9 +89,8 @@ class ValueHead(nn.Module):
         if self.layer is None or self.norm is None:
             hidden_BSD = source.hidden_BSHD[:, :, 0]
         else:
-            arguments = source.layer_arguments
-            layer_output = self.layer(source.trunk_BSD, *arguments.positional, **arguments.keyword)
-            hidden_BSD = self.norm(layer_output[0] if isinstance(layer_output, tuple) else layer_output)
+            state_BSD = source.trunk.layer_arguments.run_layer(self.layer, source.trunk_BSD)
+            hidden_BSD = self.norm(state_BSD)
         if self.hidden_map is not None:
             hidden_BSD = nn.functional.silu(self.hidden_map(hidden_BSD.to(self.hidden_map.weight.dtype)))
         # In fp32 also under autocast: values are differenced, and 16 bits would leave noise.
@@ -137,14 +136,6 @@ class ValueHead(nn.Module):
             )
         head = cls.from_model(model, form=form)
         file = directory / WEIGHTS_FILE
-        shapes = tensor_shapes(file)
-        wanted = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
-        check_shapes(file, wanted, shapes)
-        unknown = sorted(set(shapes) - set(wanted))
-        if unknown:
-            raise ModelLoadError(
-                f"{file} has the unexpected tensor {unknown[0]!r}",
-                remedy="the value head is of another model",
-            )
+        check_tensors(file, shapes_of(head.state_dict()), tensor_shapes(file))
         head.load_state_dict(load_file(file))
         return head

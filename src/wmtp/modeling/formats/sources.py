@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.utils.hub import cached_file
 
 from wmtp.exceptions import ModelLoadError
+from wmtp.modeling.formats.tensors import tensor_shapes
 
 CONFIG_FILE = "config.json"
 HEADS_FILE = "mtp_heads.safetensors"
@@ -153,22 +153,6 @@ def check_weight_files(files: ModelFiles) -> None:
             f"{directory} has no weights ({', '.join(_SINGLE_FILES)}, or an index of shards)",
             remedy="copy the whole model directory again",
         )
-
-
-def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every tensor of a safetensors file, from its header alone.
-
-    Raises:
-        ModelLoadError: the file is damaged.
-    """
-    try:
-        with safe_open(file, framework="pt") as reader:
-            return {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ModelLoadError(
-            f"{file} is not a readable safetensors file: {error}",
-            remedy="the file is damaged; fetch or save it again",
-        ) from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
