@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from wmtp.modeling.formats.export import read_saved_heads, saved_head_tensors
 from wmtp.modeling.formats.hugging_face import load_causal_lm
+from wmtp.modeling.formats.parts import LoadedParts
 from wmtp.modeling.formats.sources import ModelFiles, locate_model, read_safe_config
 from wmtp.modeling.formats.tensors import check_tensors, shapes_of
-from wmtp.modeling.heads import HeadRequest, SavedHeads, plan_heads
+from wmtp.modeling.heads import HeadRequest, plan_heads
 
 if TYPE_CHECKING:
     from wmtp.modeling.mtp_model import MTPModel
 
 ModelT = TypeVar("ModelT", bound="MTPModel")
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedParts:
-    """What was read from a checkpoint of any kind.
-
-    Attributes:
-        causal_lm: the next-token model.
-        heads: the heads the checkpoint has.
-        head_tensors: gives the state dict of head h, 1..H-1, when it is asked for.
-        head_source: file that messages about the heads name.
-    """
-
-    causal_lm: PreTrainedModel
-    heads: SavedHeads
-    head_tensors: Callable[[int], Mapping[str, Tensor]]
-    head_source: str
 
 
 def load_mtp_model(
