@@ -230,27 +230,21 @@ def test_what_the_schema_knows_but_this_version_cannot_do_is_refused(write: Writ
         "config.yaml",
     )
     recipe = write(
-        "train: {algo: critic-wmtp, max_steps: 9}\ndata: {train: {sources: [microcode]}}\n"
-        "model: {trainable: heads_only, lora: {rank: 4}, mtp: {head: medusa, offsets: [1, 2, 3, 9]}}\n"
-        "critic: {reward: {source: reward_model, granularity: token}}\n"
+        "train: {algo: baseline-mtp, max_steps: 9}\ndata: {train: {sources: [microcode]}}\n"
+        "rho1: {reference: precomputed, reference_scores: scores}\n"
         "eval: {types: [meta-mtp, exact-match]}\n",
         "recipe.yaml",
     )
     problems = problems_of(lambda: load_settings(config, recipe))
     assert all("not available" in problem.rule for problem in problems)
     assert sorted(problem.key for problem in problems) == [
-        "critic.reward.granularity",
-        "critic.reward.source",
         "devices.strategy",
         "eval.types",
         "launcher.resources.gpus",
         "launcher.target",
-        "model.lora",
-        "model.mtp.head",
-        "model.mtp.offsets",
-        "model.trainable",
         "paths.models.base",
         "paths.output",
+        "rho1.reference",
     ]
 
 

@@ -134,6 +134,7 @@ class ComponentFactory:
         settings = CollatorSettings(
             tokenizer=tokenizer,
             horizon=metadata["horizon"] if is_mtp else 1,
+            offsets=metadata.get("offsets"),
             pad_to_multiple_of=padding_multiple(recipe.data.train),
         )
         key = "mtp-data-collator" if is_mtp else "lm-data-collator"

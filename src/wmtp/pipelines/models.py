@@ -14,10 +14,18 @@ from wmtp.settings import Config, Recipe
 def load_base(
     config: Config, recipe: Recipe, environment: Environment, path: str, *, trust_remote_code: bool
 ) -> LoadedModel:
-    """The model to train, with `model.mtp.horizon` heads, on the run's device; fp32 parameters."""
+    """The model to train, with the heads of `model.mtp`, on the run's device; fp32 parameters."""
     loader = ComponentFactory.create_model_loader(config, recipe)
+    mtp = recipe.model.mtp
     loaded = loader.run(
-        ModelLoaderContext(path, horizon=recipe.model.mtp.horizon, trust_remote_code=trust_remote_code)
+        ModelLoaderContext(
+            path,
+            horizon=mtp.horizon,
+            head=mtp.head,
+            adapter=mtp.adapter,
+            offsets=mtp.offsets,
+            trust_remote_code=trust_remote_code,
+        )
     )
     loaded.model.to(environment.device)
     return loaded

@@ -114,7 +114,14 @@ def build() -> Callable[..., Built]:
         callbacks: Sequence[Callback] = (),
         perturb_heads: bool = True,
     ) -> Built:
-        model = MTPModel.from_causal_lm(tiny_llama().to(dtype), horizon=recipe.model.mtp.horizon)
+        mtp = recipe.model.mtp
+        model = MTPModel.from_causal_lm(
+            tiny_llama().to(dtype),
+            horizon=mtp.horizon,
+            head=mtp.head,
+            adapter=mtp.adapter,
+            offsets=mtp.offsets,
+        )
         if perturb_heads:
             torch.manual_seed(1)
             with torch.no_grad():
@@ -122,7 +129,9 @@ def build() -> Callable[..., Built]:
                     parameter.add_(0.05 * torch.randn_like(parameter))
         features = list(features or tiny_features(with_rewards=recipe.train.algo == "critic-wmtp"))
         train = recipe.data.train
-        collator = MTPDataCollator({"tokenizer": FakeVocabulary(), "horizon": model.horizon})
+        collator = MTPDataCollator(
+            {"tokenizer": FakeVocabulary(), "horizon": model.horizon, "offsets": model.offsets}
+        )
         plan = BatchPlan(
             [len(feature["input_ids"]) for feature in features],
             batch_size=train.batch_size,

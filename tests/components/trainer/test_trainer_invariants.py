@@ -43,6 +43,21 @@ ALGORITHMS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "head sum": {"train": {"algo": "baseline-mtp"}, "loss": {"reduction": "head_sum"}},
     "token mean": {"train": {"algo": "baseline-mtp"}, "loss": {"reduction": "token", "scale": 0.5}},
+    "linear": {"train": {"algo": "rho1-wmtp"}, "model": {"mtp": {"horizon": 3, "head": "linear"}}},
+    "medusa, far offsets": {
+        "train": {"algo": "rho1-wmtp"},
+        "model": {"mtp": {"horizon": 3, "head": "medusa", "offsets": [1, 2, 5]}},
+    },
+    "sequential": {"train": {"algo": "rho1-wmtp"}, "model": {"mtp": {"horizon": 3, "head": "sequential"}}},
+    "sequential, far offsets": {
+        "train": {"algo": "critic-wmtp"},
+        "critic": {"score": "value", "strength": "fixed"},
+        "model": {"mtp": {"horizon": 3, "head": "sequential", "offsets": [1, 3, 4]}},
+    },
+    "teacher forcing": {
+        "train": {"algo": "baseline-mtp"},
+        "model": {"mtp": {"horizon": 3, "adapter": "teacher_forcing"}},
+    },
 }
 
 
@@ -102,7 +117,20 @@ def test_h1_uniform_is_plain_next_token_fine_tuning_in_loss_and_every_gradient(
         torch.testing.assert_close(trained[name].grad, parameter.grad, rtol=1e-8, atol=1e-10, msg=name)
 
 
-@pytest.mark.parametrize("name", ["baseline", "rho1 weighted", "critic value", "critic delta", "head scope"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "baseline",
+        "rho1 weighted",
+        "critic value",
+        "critic delta",
+        "head scope",
+        "medusa, far offsets",
+        "sequential",
+        "sequential, far offsets",
+        "teacher forcing",
+    ],
+)
 def test_packed_rows_train_like_separate_rows(name: str, build: Callable[..., Built]) -> None:
     # One step that sees every document, packed and not: the same weights, loss and gradients.
     features = tiny_features(6, with_rewards=True)
@@ -120,6 +148,33 @@ def test_packed_rows_train_like_separate_rows(name: str, build: Callable[..., Bu
     assert losses[0] == pytest.approx(losses[1], rel=loss_tolerance(name))
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][key], rtol=0, atol=loss_tolerance(name), msg=key)
+
+
+def test_offsets_decide_what_a_head_learns_and_which_weight_it_gets(build: Callable[..., Built]) -> None:
+    built = build(_with(ALGORITHMS["medusa, far offsets"]))
+    batch = built.context.data.batch(0)
+    model, step = built.context.model, built.trainer.training_run.train_step
+    weights = step.compute_head_weights([batch], [])
+    assert weights is not None
+    with torch.no_grad():
+        log_probs = model(
+            batch["input_ids"], batch["attention_mask"], document_ids=batch["document_ids"]
+        ).logits()
+        log_probs = log_probs.log_softmax(dim=-1)
+        total, num_positions = 0.0, 0
+        for b in range(batch["input_ids"].shape[0]):
+            length = int(batch["attention_mask"][b].sum())
+            for t in range(length):
+                terms = []
+                for h, offset in enumerate((1, 2, 5)):
+                    at = t + offset
+                    if at < length and batch["token_labels"][b, at] != IGNORE_INDEX:
+                        weight = float(weights.token_weight_BS[0][b, at])
+                        terms.append(-weight * float(log_probs[b, t, h, batch["input_ids"][b, at]]))
+                if terms:
+                    total += sum(terms) / len(terms)
+                    num_positions += 1
+    assert float(step([batch]).loss) == pytest.approx(total / num_positions, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["rho1 weighted", "critic value"])

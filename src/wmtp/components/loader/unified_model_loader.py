@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from wmtp.components.loader.builtin import MICRO_LLAMA, build_micro_llama
 from wmtp.components.registry import loader_registry
 from wmtp.exceptions import ModelLoadError
 from wmtp.modeling import MTPModel
+from wmtp.modeling.heads import Adapter, HeadForm
 from wmtp.settings import Config
 from wmtp.storage import PathResolver
 
@@ -23,12 +25,18 @@ class ModelLoaderContext:
     Attributes:
         model_path: a directory, a hub id, or a built-in name.
         horizon: number of heads; None takes what the checkpoint has.
+        head: form of the heads; None takes the checkpoint's.
+        adapter: how a model with too few heads gets more.
+        offsets: how far ahead each head predicts; None takes the checkpoint's, or 1..horizon.
         dtype: of the parameters.
         trust_remote_code: run code that comes with the model; only ever from the command line.
     """
 
     model_path: str
     horizon: int | None = None
+    head: HeadForm | None = None
+    adapter: Adapter = "heads"
+    offsets: Sequence[int] | None = None
     dtype: torch.dtype = torch.float32
     trust_remote_code: bool = False
 
@@ -56,12 +64,21 @@ class UnifiedModelLoader(Component[ModelLoaderContext, LoadedModel]):
         """
         kind, path = PathResolver().resolve(context.model_path)
         if path == MICRO_LLAMA:
-            model = MTPModel.from_causal_lm(build_micro_llama(), horizon=context.horizon or 1)
+            model = MTPModel.from_causal_lm(
+                build_micro_llama(),
+                horizon=context.horizon or 1,
+                head=context.head or "transformer",
+                adapter=context.adapter,
+                offsets=context.offsets,
+            )
             model.to(context.dtype)
         elif kind in ("local", "hub"):
             model = MTPModel.from_pretrained(
                 path,
                 horizon=context.horizon,
+                head=context.head,
+                adapter=context.adapter,
+                offsets=context.offsets,
                 dtype=context.dtype,
                 trust_remote_code=context.trust_remote_code,
             )
@@ -70,4 +87,6 @@ class UnifiedModelLoader(Component[ModelLoaderContext, LoadedModel]):
                 f"models cannot be loaded from {context.model_path}",
                 remedy=f"give a directory, a hub id, or {MICRO_LLAMA}",
             )
-        return LoadedModel(model, {"training_algorithm": "mtp", "horizon": model.horizon})
+        return LoadedModel(
+            model, {"training_algorithm": "mtp", "horizon": model.horizon, "offsets": list(model.offsets)}
+        )

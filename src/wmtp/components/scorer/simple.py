@@ -68,9 +68,10 @@ class HeadDecayScorer(Scorer):
     needs_output = False
 
     def __init__(self, recipe: Recipe) -> None:
-        self._horizon = recipe.model.mtp.horizon
+        """Nothing in the recipe changes it."""
 
     def run(self, context: ScorerContext) -> TokenScores:
         """One factor a head."""
-        heads_H = torch.arange(self._horizon, device=context.batch["input_ids"].device)
+        labels_BSH = context.batch["labels"]
+        heads_H = torch.arange(labels_BSH.shape[-1], device=labels_BSH.device)
         return TokenScores(HEAD_DECAY ** heads_H.float(), kind="head_factors")

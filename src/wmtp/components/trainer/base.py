@@ -121,7 +121,7 @@ class BaseWmtpTrainer(Component[TrainerContext, TrainResult]):
     def setup(self, context: TrainerContext) -> None:
         """Build the step and, when resuming, take back the state."""
         scorer = context.scorer if self.uses_scorer else None
-        weighting = None if scorer is None else StepWeighting(self.recipe.loss, scorer)
+        weighting = None if scorer is None else StepWeighting(self.recipe.loss, scorer, context.model.offsets)
         train_step = TrainStep(
             context.model,
             self.recipe.loss,

@@ -55,11 +55,18 @@ class _Limits(TypedDict):
 
 
 class StepWeighting:
-    """The normalisation pipeline over a whole step, as the `loss` section of the recipe asks for it."""
+    """The normalisation pipeline over a whole step, as the `loss` section of the recipe asks for it.
 
-    def __init__(self, loss: LossSettings, scorer: Scorer) -> None:
+    Args:
+        loss: the recipe's section.
+        scorer: says how much each token matters.
+        offsets: how far ahead each head predicts, in tokens.
+    """
+
+    def __init__(self, loss: LossSettings, scorer: Scorer, offsets: Sequence[int]) -> None:
         self.loss = loss
         self.scorer = scorer
+        self.offsets = tuple(offsets)
         self._limits: _Limits = {
             "temperature": loss.temperature,
             "epsilon": loss.epsilon,
@@ -97,8 +104,8 @@ class StepWeighting:
         weights = [self._blend(w, mask) for w, mask in zip(normalized, valid, strict=True)]
         flat_weights, flat_valid = _flatten(weights), _flatten(valid)
         spread = [
-            spread_weights(weight_BS, batch["labels"].shape[-1], scope=self.loss.weight_scope)
-            for weight_BS, batch in zip(weights, batches, strict=True)
+            spread_weights(weight_BS, len(self.offsets), scope=self.loss.weight_scope, offsets=self.offsets)
+            for weight_BS in weights
         ]
         metrics = _weight_metrics(flat_weights, flat_valid)
         metrics.update(self.scorer.describe(_flatten(values), flat_valid, flat_weights))
@@ -138,7 +145,7 @@ class StepWeighting:
             mask_BSH = _has_target(batch)
             values_BSH = score.values
             if values_BSH.ndim == 2:
-                values_BSH = spread_weights(values_BSH, mask_BSH.shape[-1], scope="target")
+                values_BSH = spread_weights(values_BSH, len(self.offsets), offsets=self.offsets)
             if score.kind == "weights":
                 raise UserInputError(
                     "loss.weight_scope 'head' needs scores, and this scorer gives finished weights",
