@@ -35,6 +35,7 @@ from wmtp.modeling.heads import (
     plan_heads,
     shift_left,
 )
+from wmtp.modeling.lora import LoraAdapters
 from wmtp.modeling.outputs import LayerArguments, MTPOutput, TrunkOutput
 from wmtp.modeling.packing import plan_attention
 from wmtp.modeling.state_dict import drop_tied_copies, restore_tied_copies
@@ -65,6 +66,8 @@ class MTPModel(nn.Module):
         self._parts = find_decoder_parts(causal_lm)
         self._logit_transform = find_logit_transform(causal_lm)
         self.extra_heads = build_heads(self._parts, form, self.offsets, self.hidden_size)
+        # Set by `wmtp.modeling.lora.add_lora`.
+        self.lora: LoraAdapters | None = None
         self._structure_verified = False
         self._documents_verified = False
         self.register_state_dict_post_hook(drop_tied_copies)  # type: ignore[no-untyped-call]
@@ -148,8 +151,8 @@ class MTPModel(nn.Module):
         """Write the export: a directory that `AutoModelForCausalLM` loads as an ordinary next-token model.
 
         Beside it stand `mtp_heads.safetensors` (heads 1..H-1) and `wmtp.json` (horizon, head form,
-        `metadata`), from which `from_pretrained` gets all heads back bit for bit. Not atomic; publish the
-        directory yourself.
+        `metadata`), from which `from_pretrained` gets all heads back bit for bit. LoRA adapters are merged
+        into what is written. Not atomic; publish the directory yourself.
         """
         save_mtp_model(self, Path(path), tokenizer=tokenizer, metadata=metadata)
 
@@ -346,6 +349,11 @@ class MTPModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the unembedding."""
         return self.unembedding_VD.dtype
+
+    @property
+    def decoder_layers(self) -> nn.ModuleList:
+        """All decoder layers of the wrapped model: the trunk's, then head 0's."""
+        return self._parts.layers
 
     @property
     def last_layer(self) -> nn.Module:
