@@ -56,6 +56,19 @@ class RewardModel(nn.Module):
         """Where the inputs go."""
         return self.head.weight.device
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Token ids the decoder knows are below this."""
+        return int(self.base.get_input_embeddings().weight.shape[0])
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens of a text, None where the decoder names no limit."""
+        config = self.base.config.get_text_config(decoder=True)
+        name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+        limit: int | None = config.to_dict().get(name)
+        return limit
+
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: a reward with dropout would change from call to call."""
         return super().train(False)

@@ -122,7 +122,7 @@ class _Document:
     input_ids: list[int]
     labels: list[int]
     weights: list[float] | None
-    reward: float | None
+    rewards: list[float] | None
     row_id: str | None
 
 
@@ -155,8 +155,8 @@ def _pad_rows(features: Sequence[Feature | Bin], settings: CollatorSettings) -> 
             token_weights_BS[b, start:end] = (
                 1.0 if document.weights is None else torch.tensor(document.weights)
             )
-            if document.reward is not None:
-                token_rewards_BS[b, end - 1] = document.reward
+            if document.rewards is not None:
+                token_rewards_BS[b, start:end] = torch.tensor(document.rewards)
                 reward_mask_BS[b, start:end] = True
             start = end
 
@@ -168,7 +168,7 @@ def _pad_rows(features: Sequence[Feature | Bin], settings: CollatorSettings) -> 
         "position_ids": position_ids_BS,
     }
     documents = [document for row in rows for document in row]
-    if any(document.reward is not None for document in documents):
+    if any(document.rewards is not None for document in documents):
         batch |= {"token_rewards": token_rewards_BS, "reward_mask": reward_mask_BS}
     if any(document.weights is not None for document in documents):
         batch["token_weights"] = token_weights_BS
@@ -193,8 +193,10 @@ def _document(feature: Feature) -> _Document:
     name = "a feature" if row_id is None else f"feature {row_id}"
     labels = _as_list(feature["labels"]) if "labels" in feature else list(input_ids)
     weights = _as_list(feature["weights"]) if "weights" in feature else None
+    rewards = None if feature.get("rewards") is None else _as_list(feature["rewards"])
     mask = _as_list(feature["attention_mask"]) if "attention_mask" in feature else None
-    for column, values in (("labels", labels), ("weights", weights), ("attention_mask", mask)):
+    columns = (("labels", labels), ("weights", weights), ("rewards", rewards), ("attention_mask", mask))
+    for column, values in columns:
         if values is not None and len(values) != len(input_ids):
             raise DataError(
                 f"{name} has {len(input_ids)} input_ids but {len(values)} {column}",
@@ -203,9 +205,13 @@ def _document(feature: Feature) -> _Document:
     if mask is not None and not all(mask):
         input_ids, labels = _kept(input_ids, mask), _kept(labels, mask)
         weights = None if weights is None else _kept(weights, mask)
+        rewards = None if rewards is None else _kept(rewards, mask)
     if not input_ids:
         raise DataError(f"{name} has no tokens", remedy="leave empty examples out of the dataset")
-    return _Document(input_ids, labels, weights, feature.get("reward"), row_id)
+    reward = feature.get("reward")
+    if rewards is None and reward is not None:
+        rewards = [0.0] * (len(input_ids) - 1) + [reward]
+    return _Document(input_ids, labels, weights, rewards, row_id)
 
 
 def _as_list(column: Any) -> list[Any]:

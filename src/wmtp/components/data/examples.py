@@ -44,12 +44,14 @@ class Feature(_FeatureTokens, total=False):
     """A tokenised example. Only `input_ids` is required.
 
     `labels` default to `input_ids`, -100 marks what is no target; `attention_mask` 0 marks padding, which
-    collators drop; `reward` belongs to the whole document; `weights` has one number a token.
+    collators drop; `reward` belongs to the whole document, and `rewards` has one number a token, which add up
+    to it (without them it falls on the last token); `weights` has one number a token.
     """
 
     labels: Sequence[int]
     attention_mask: Sequence[int]
     reward: float | None
+    rewards: Sequence[float] | None
     weights: Sequence[float]
     row_id: str
 

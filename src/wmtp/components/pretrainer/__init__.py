@@ -2,13 +2,13 @@
 
 from wmtp.components.pretrainer.critic_head import CriticHeadPretrainer, PretrainedCritic, PretrainerContext
 from wmtp.components.pretrainer.programs import (
-    LabelledProgram,
     collect_programs,
     read_programs,
     sample_rollouts,
     write_programs,
 )
 from wmtp.components.pretrainer.quality import CriticQuality, RewardedPrograms, measure_critic
+from wmtp.components.pretrainer.rewards import LabelledProgram, ProgramScorer, label_by_median
 
 __all__ = [
     "CriticHeadPretrainer",
@@ -16,8 +16,10 @@ __all__ = [
     "LabelledProgram",
     "PretrainedCritic",
     "PretrainerContext",
+    "ProgramScorer",
     "RewardedPrograms",
     "collect_programs",
+    "label_by_median",
     "measure_critic",
     "read_programs",
     "sample_rollouts",

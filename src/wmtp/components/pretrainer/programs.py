@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from wmtp.components.data.examples import Example
+from wmtp.components.pretrainer.rewards import LabelledProgram, ProgramScorer, ProgramSource
 from wmtp.components.tokenizer import HfTokenizer
 from wmtp.decoding import generate
 from wmtp.evaluation import Task, assemble_program
@@ -19,55 +19,42 @@ from wmtp.execution import ProgramJob, run_programs
 from wmtp.modeling import MTPModel
 from wmtp.settings import Recipe
 
-ProgramSource = Literal["data", "rollout"]
-
-
-@dataclass(frozen=True, slots=True)
-class LabelledProgram:
-    """A program and what it earned.
-
-    Attributes:
-        example: prompt and completion; its `reward` is set.
-        is_right: whether the program is right.
-        source: the dataset, or a rollout of the base.
-    """
-
-    example: Example
-    is_right: bool
-    source: ProgramSource
+_WANTED = {"column": "a `reward` field", "execution": "tests", "reward_model": "text (chats are not scored)"}
 
 
 def collect_programs(
-    examples: Sequence[Example], recipe: Recipe, *, unsafe_execution: bool
+    examples: Sequence[Example],
+    recipe: Recipe,
+    *,
+    unsafe_execution: bool,
+    scorer: ProgramScorer | None = None,
 ) -> list[LabelledProgram]:
     """Reward up to `critic.reward.num_programs` programs of the dataset.
 
     Which ones is a function of `train.seed`. With source `execution` their tests are run; with `column` the
-    rows'
-    `reward` is taken, and a program with a reward above 0 is right.
+    rows' `reward` is taken, and a program with a reward above 0 is right; with `reward_model` the scorer
+    rewards them, and which are right is left to `label_by_median`.
 
     Raises:
         UserInputError: no example can be rewarded this way.
         SandboxUnavailableError: programs would have to be run, and no sandbox works here.
     """
     reward = recipe.critic.reward
-    is_column = reward.source == "column"
-    usable = [example for example in examples if (example.reward if is_column else example.task) is not None]
+    usable = [example for example in examples if _is_usable(example, recipe)]
     if not usable:
-        wanted = "a `reward` field" if is_column else "tests"
         raise UserInputError(
-            f"critic.reward.source is {reward.source!r}, but no training row has {wanted}",
-            remedy="train on rows that have it, or choose the other source (execution or column)",
+            f"critic.reward.source is {reward.source!r}, but no training row has {_WANTED[reward.source]}",
+            remedy="train on rows that have it, or choose another source (execution, column, reward_model)",
         )
     generator = np.random.Generator(np.random.PCG64([recipe.train.seed, len(usable)]))
     chosen = sorted(generator.permutation(len(usable))[: reward.num_programs].tolist())
     programs = [usable[index] for index in chosen]
-    if is_column:
+    if reward.source == "column":
         return [
             LabelledProgram(example, example.reward is not None and example.reward > 0, "data")
             for example in programs
         ]
-    return _execute(programs, "data", recipe, unsafe_execution=unsafe_execution)
+    return _reward(programs, "data", recipe, unsafe_execution=unsafe_execution, scorer=scorer)
 
 
 def sample_rollouts(
@@ -77,19 +64,21 @@ def sample_rollouts(
     recipe: Recipe,
     *,
     unsafe_execution: bool,
+    scorer: ProgramScorer | None = None,
 ) -> list[LabelledProgram]:
-    """Sample `critic.pretrain.num_rollouts` programs from the base and run their tests.
+    """Sample `critic.pretrain.num_rollouts` programs from the base and reward them.
 
-    Prompts are those of `examples` that have tests, in an order that is a function of `train.seed`; none
-    where there are no tests (a reward column says nothing of programs that are not in the data).
+    Prompts are those of `examples` that have tests (any prompt, for a reward model), in an order that is a
+    function of `train.seed`; none where there are none, or with a reward column, which says nothing of
+    programs that are not in the data.
     """
     settings = recipe.critic.pretrain
-    with_tests = [example for example in examples if example.task is not None]
-    if not with_tests or settings.num_rollouts == 0 or recipe.critic.reward.source == "column":
+    prompted = [example for example in examples if example.prompt and _is_usable(example, recipe)]
+    if not prompted or settings.num_rollouts == 0 or recipe.critic.reward.source == "column":
         return []
-    generator = np.random.Generator(np.random.PCG64([recipe.train.seed, len(with_tests), 1]))
-    order = generator.permutation(len(with_tests))
-    chosen = [with_tests[order[index % len(order)]] for index in range(settings.num_rollouts)]
+    generator = np.random.Generator(np.random.PCG64([recipe.train.seed, len(prompted), 1]))
+    order = generator.permutation(len(prompted))
+    chosen = [prompted[order[index % len(order)]] for index in range(settings.num_rollouts)]
     # Tasks of one dataset share their stop strings; elsewhere assembling the program cuts at its own.
     stops = {example.task.stop for example in chosen if example.task is not None}
     generations = generate(
@@ -106,7 +95,32 @@ def sample_rollouts(
         replace(example, row_id=f"{example.row_id}#rollout-{index}", completion=generation.text, reward=None)
         for index, (example, generation) in enumerate(zip(chosen, generations, strict=True))
     ]
-    return _execute(rollouts, "rollout", recipe, unsafe_execution=unsafe_execution)
+    return _reward(rollouts, "rollout", recipe, unsafe_execution=unsafe_execution, scorer=scorer)
+
+
+def _is_usable(example: Example, recipe: Recipe) -> bool:
+    """Whether the recipe's reward source can reward the example."""
+    source = recipe.critic.reward.source
+    if source == "column":
+        return example.reward is not None
+    return example.task is not None if source == "execution" else example.messages is None
+
+
+def _reward(
+    examples: Sequence[Example],
+    source: ProgramSource,
+    recipe: Recipe,
+    *,
+    unsafe_execution: bool,
+    scorer: ProgramScorer | None,
+) -> list[LabelledProgram]:
+    if recipe.critic.reward.source == "execution":
+        return _execute(examples, source, recipe, unsafe_execution=unsafe_execution)
+    if scorer is None:
+        raise UserInputError(
+            "critic.reward.source is 'reward_model', and there is none", remedy="set model.rm_id"
+        )
+    return scorer.reward(examples, source)
 
 
 def _execute(
@@ -149,6 +163,7 @@ def write_programs(path: Path, programs: Sequence[LabelledProgram]) -> None:
                 "prompt": program.example.prompt,
                 "completion": program.example.completion,
                 "reward": program.example.reward,
+                "token_rewards": program.token_rewards,
                 "is_right": program.is_right,
             },
             ensure_ascii=False,
@@ -174,6 +189,7 @@ def read_programs(path: Path) -> list[LabelledProgram]:
             Example(row["row_id"], row["prompt"], row["completion"], reward=row["reward"]),
             row["is_right"],
             row["source"],
+            None if row["token_rewards"] is None else tuple(row["token_rewards"]),
         )
         for row in rows
     ]
