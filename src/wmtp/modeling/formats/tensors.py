@@ -1,14 +1,150 @@
-"""Tensors in files: what is there, and whether it is what a module needs."""
+"""Tensors in files: what is there, read when it is asked for, and whether it is what a module needs.
+
+Nothing that is read here can run code: safetensors files hold numbers, names and shapes; torch files are read
+with `weights_only=True` alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+import json
+import math
+import re
+import threading
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wmtp.exceptions import ModelLoadError
+from wmtp.modeling.formats.sources import ModelSource, check_plain_name, read_source_json
+
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+# In the order of `SINGLE_FILES`: the index of the shards of each.
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# The format's own bound, which its library keeps too.
+_MAX_HEADER_BYTES = 100_000_000
+# A torch file's pickle holds names and shapes, about 100 bytes a tensor; tensors are records of their own.
+_MAX_PICKLE_BYTES = 256 * 2**20
+_SAFETENSORS_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_FETCH_AGAIN = "the file is damaged; fetch or save it again"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor that is still in its file; `stored[...]` reads it, as with the slices of safetensors.
+
+    Attributes:
+        name: its name in the file.
+        file: the file, for messages.
+        shape: as the file says.
+        dtype: as the file says.
+        read: reads it; the result shares no memory with the file.
+    """
+
+    name: str
+    file: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.read()[index]
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of one or several files by name; each is read when it is asked for, and not kept."""
+
+    def __init__(self, stored: Iterable[StoredTensor]) -> None:
+        self._stored = {tensor.name: tensor for tensor in stored}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._stored[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def stored(self) -> dict[str, StoredTensor]:
+        """The tensors with their files and shapes, unread."""
+        return dict(self._stored)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, by the files' headers."""
+        return {name: tensor.shape for name, tensor in self._stored.items()}
+
+
+def open_weights(source: ModelSource) -> StoredTensors:
+    """Open the weights of the Hugging Face layout, one file or shards, safetensors before pickle.
+
+    Raises:
+        ModelLoadError: no weights; a shard that is missing or outside the folder; a tensor that the index
+            lists and its shard lacks; a damaged file. The message names file and tensor.
+    """
+    names = source.names()
+    for single, index in zip(SINGLE_FILES, INDEX_FILES, strict=True):
+        if single in names:
+            return open_tensors(source, single)
+        if index in names:
+            return _open_shards(source, index)
+    raise ModelLoadError(
+        f"{source} has no weights ({', '.join(SINGLE_FILES)}, or an index of shards)",
+        remedy="copy the whole model directory again",
+    )
+
+
+def open_tensors(source: ModelSource, name: str) -> StoredTensors:
+    """Open one file of tensors, safetensors or torch by its ending.
+
+    Raises:
+        ModelLoadError: the file is missing, damaged, or would run code.
+    """
+    if name.endswith(".safetensors"):
+        return StoredTensors(_open_safetensors(source, name))
+    return StoredTensors(_open_torch(source, name))
+
+
+def read_shard_index(source: ModelSource, name: str) -> dict[str, str]:
+    """Read which shard every tensor is in.
+
+    Raises:
+        ModelLoadError: the file is no index, or names a shard that is not a plain file name.
+    """
+    weight_map = read_source_json(source, name).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelLoadError(f"{source}/{name} has no weight_map", remedy="fetch or save it again")
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise ModelLoadError(
+                f"{source}/{name} gives tensor {tensor!r} the shard {shard!r}", remedy="fetch it again"
+            )
+        # A shard index is data from outside: an entry such as ../../x must not leave the folder.
+        check_plain_name(f"{source}/{name}", shard)
+    return weight_map
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -21,10 +157,7 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, framework="pt") as reader:
             return {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ModelLoadError(
-            f"{file} is not a readable safetensors file: {error}",
-            remedy="the file is damaged; fetch or save it again",
-        ) from error
+        raise _unreadable(str(file), "safetensors", error) from error
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -60,3 +193,189 @@ def check_tensors(
             raise ModelLoadError(
                 f"{source} has the unexpected tensor {name!r}", remedy="the file is of another model"
             )
+
+
+def _open_shards(source: ModelSource, index: str) -> StoredTensors:
+    weight_map = read_shard_index(source, index)
+    names = source.names()
+    stored: list[StoredTensor] = []
+    for shard in sorted(set(weight_map.values())):
+        if shard not in names:
+            tensor = next(name for name, file in weight_map.items() if file == shard)
+            raise ModelLoadError(
+                f"{source}/{shard} is missing; {index} says that it holds {tensor!r} and others",
+                remedy="copy the whole model directory again",
+            )
+        found = open_tensors(source, shard).stored()
+        for tensor, file in weight_map.items():
+            if file == shard and tensor not in found:
+                raise ModelLoadError(
+                    f"{source}/{shard} lacks the tensor {tensor!r}, which {index} says it holds",
+                    remedy="the files are of different models; copy the whole model directory again",
+                )
+        stored += (tensor for name, tensor in found.items() if weight_map.get(name, shard) == shard)
+    return StoredTensors(stored)
+
+
+# ------------------------------------------------------------------------------------------- safetensors
+
+
+def _open_safetensors(source: ModelSource, name: str) -> list[StoredTensor]:
+    path = source.find(name)
+    if path is not None:
+        return _map_safetensors(path)
+    stream = source.open(name)
+    try:
+        return _stream_safetensors(f"{source}/{name}", stream)
+    except BaseException:
+        stream.close()
+        raise
+
+
+def _map_safetensors(path: Path) -> list[StoredTensor]:
+    try:
+        reader = safe_open(path, framework="pt")
+        slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(str(path), "safetensors", error) from error
+
+    def stored(name: str, piece: Any) -> StoredTensor:
+        # Cloned, because the file stays mapped: whoever writes it anew would change the model.
+        return StoredTensor(
+            name,
+            str(path),
+            tuple(piece.get_shape()),
+            _dtype(str(path), name, piece.get_dtype()),
+            lambda: reader.get_tensor(name).clone(),
+        )
+
+    return [stored(name, piece) for name, piece in slices.items()]
+
+
+def _stream_safetensors(file: str, stream: BinaryIO) -> list[StoredTensor]:
+    """Read the header of a file that is not on this machine; its tensors are ranges of the stream."""
+    try:
+        header, start, size = _read_header(stream)
+        entries = [
+            (name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
+        raise _unreadable(file, "safetensors", error) from error
+    lock = threading.Lock()
+
+    def stored(name: str, dtype_name: str, shape: tuple[int, ...], begin: int, end: int) -> StoredTensor:
+        dtype = _dtype(file, name, dtype_name)
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or not 0 <= begin <= end <= size or end - begin != num_bytes:
+            problem = f"its header gives tensor {name!r} {list(shape)} the bytes {begin} to {end} of {size}"
+            raise _unreadable(file, "safetensors", problem)
+
+        def read() -> Tensor:
+            with lock:  # several threads read, and the stream has one position
+                stream.seek(start + begin)
+                content = bytearray(stream.read(num_bytes))
+            if len(content) != num_bytes:
+                raise _unreadable(file, "safetensors", f"it ends within tensor {name!r}")
+            if not content:
+                return torch.empty(shape, dtype=dtype)
+            return torch.frombuffer(content, dtype=dtype).reshape(shape)
+
+        return StoredTensor(name, file, shape, dtype, read)
+
+    return [stored(*entry) for entry in entries]
+
+
+def _read_header(stream: BinaryIO) -> tuple[dict[str, Any], int, int]:
+    """Return the header, where the tensors start, and how many bytes of tensors there are."""
+    total = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    length = int.from_bytes(stream.read(8), "little")
+    if total < 8 or length > min(_MAX_HEADER_BYTES, total - 8):
+        raise ValueError(f"it says that its header has {length} bytes, and it has {total} altogether")
+    header = json.loads(stream.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a JSON object")
+    return header, 8 + length, total - 8 - length
+
+
+def _dtype(file: str, name: str, dtype: str) -> torch.dtype:
+    if dtype not in _SAFETENSORS_DTYPES:
+        raise ModelLoadError(
+            f"{file}: tensor {name!r} has the number format {dtype!r}, which cannot be read",
+            remedy="use a model in bf16, fp16 or fp32",
+        )
+    return _SAFETENSORS_DTYPES[dtype]
+
+
+# ------------------------------------------------------------------------------------------- torch files
+
+
+def _open_torch(source: ModelSource, name: str) -> list[StoredTensor]:
+    path = source.find(name)
+    file = f"{source}/{name}" if path is None else str(path)
+    with source.open(name) as stream:
+        is_zip = _check_zip(file, stream)
+        stream.seek(0)
+        try:
+            # What is not on this machine is read whole; a local file is mapped, if it is not of the format
+            # before torch 1.6.
+            loaded = torch.load(
+                path or stream, map_location="cpu", weights_only=True, mmap=path is not None and is_zip
+            )
+        # A hostile pickle can make its reader raise anything.
+        except Exception as error:
+            raise _unreadable(file, "torch", _pickle_problem(error)) from error
+    if not isinstance(loaded, dict):
+        raise _unreadable(file, "torch", f"it holds {type(loaded).__name__}, not tensors by name")
+    return [_stored_in_torch(file, tensor_name, value) for tensor_name, value in loaded.items()]
+
+
+def _stored_in_torch(file: str, name: object, value: object) -> StoredTensor:
+    if not isinstance(name, str) or not isinstance(value, Tensor):
+        problem = f"the entry {name!r} is {type(value).__name__}, not a tensor"
+        raise _unreadable(file, "torch", problem)
+    tensor = value.detach()
+    is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    # A few bytes with strides of 0 can claim any size, which a copy would then have.
+    if not is_plain or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        problem = f"tensor {name!r} {list(tensor.shape)} is not stored as plain numbers of this many"
+        raise _unreadable(file, "torch", problem)
+    return StoredTensor(name, file, tuple(tensor.shape), tensor.dtype, tensor.clone)
+
+
+def _check_zip(file: str, stream: BinaryIO) -> bool:
+    """Whether the file is in torch's zip format; if so it must unpack to what it is, and to no more.
+
+    Raises:
+        ModelLoadError: it is cut off, or its entries unpack to more bytes than the file has.
+    """
+    total = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    if stream.read(4) != b"PK\x03\x04":
+        return False
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
+        raise _unreadable(file, "torch", error) from error
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise _unreadable(file, "torch", f"its entry {entry.filename!r} is compressed")
+        if entry.filename.endswith("data.pkl") and entry.file_size > _MAX_PICKLE_BYTES:
+            raise _unreadable(file, "torch", f"its entry {entry.filename!r} has {entry.file_size} bytes")
+    if sum(entry.file_size for entry in entries) > total:
+        raise _unreadable(file, "torch", "its entries claim more bytes than it has")
+    return True
+
+
+def _pickle_problem(error: Exception) -> str:
+    wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if wanted is not None:
+        return f"its pickle asks for {wanted[1]}, which is code and not data; nothing of it was run"
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _unreadable(file: str, kind: str, problem: object) -> ModelLoadError:
+    return ModelLoadError(f"{file} is not a readable {kind} file: {problem}", remedy=_FETCH_AGAIN)

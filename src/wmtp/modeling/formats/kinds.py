@@ -1,0 +1,179 @@
+"""Which kind of model lies in a folder, told by its files and never by its name."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import Final
+
+from wmtp.exceptions import ModelLoadError
+from wmtp.modeling.formats.sources import CONFIG_FILE, WMTP_FILE, ModelSource, read_source_json
+from wmtp.modeling.formats.tensors import (
+    INDEX_FILES,
+    SINGLE_FILES,
+    TORCH_SUFFIXES,
+    open_tensors,
+    read_shard_index,
+)
+
+PARAMS_FILE = "params.json"
+STARLING_HEAD = "v_head.weight"
+_NATIVE_WEIGHTS = re.compile(r"consolidated(\.\d+)?\.pth")
+_STEP_FOLDER = re.compile(r"step-\d+")
+_STEP_FILES = frozenset({"manifest.json", "state.json", "model.safetensors"})
+# Written by trainers beside the weights of a model; no model.
+_NOT_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
+
+
+class ModelKind(StrEnum):
+    """The kinds of models on disk."""
+
+    HUGGING_FACE = "hugging_face"
+    META_NATIVE = "meta_native"
+    WMTP_EXPORT = "wmtp_export"
+    WMTP_CHECKPOINT = "wmtp_checkpoint"
+    STARLING_REWARD = "starling_reward"
+    SEQUENCE_CLASSIFICATION = "sequence_classification"
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return _TITLES[self]
+
+
+CAUSAL_KINDS: Final = frozenset(
+    {ModelKind.HUGGING_FACE, ModelKind.META_NATIVE, ModelKind.WMTP_EXPORT, ModelKind.WMTP_CHECKPOINT}
+)
+REWARD_KINDS: Final = frozenset({ModelKind.STARLING_REWARD, ModelKind.SEQUENCE_CLASSIFICATION})
+
+_TITLES = {
+    ModelKind.HUGGING_FACE: "a Hugging Face model",
+    ModelKind.META_NATIVE: "a native model of Meta's",
+    ModelKind.WMTP_EXPORT: "an export of this program",
+    ModelKind.WMTP_CHECKPOINT: "a training checkpoint of this program",
+    ModelKind.STARLING_REWARD: "a reward model in the layout of Starling-RM",
+    ModelKind.SEQUENCE_CLASSIFICATION: "a reward model (sequence classification)",
+}
+_NEEDS = {
+    ModelKind.HUGGING_FACE: f"{CONFIG_FILE} and {', '.join(SINGLE_FILES + INDEX_FILES)}",
+    ModelKind.META_NATIVE: f"{PARAMS_FILE} and consolidated.pth",
+    ModelKind.WMTP_EXPORT: f"the files of a Hugging Face model and {WMTP_FILE}",
+    ModelKind.WMTP_CHECKPOINT: f"{', '.join(sorted(_STEP_FILES))}, or step-N folders that have them",
+    ModelKind.STARLING_REWARD: f"one torch file ({' '.join(TORCH_SUFFIXES)}) with the tensor {STARLING_HEAD}",
+    ModelKind.SEQUENCE_CLASSIFICATION: "the files of a Hugging Face model of the architecture "
+    "...ForSequenceClassification",
+}
+
+
+def detect_kind(source: ModelSource) -> ModelKind:
+    """Tell what kind of model a folder holds.
+
+    Raises:
+        ModelLoadError: nothing that is known, or two kinds at once; the message lists what is there and what
+            each kind needs. Also a file that has to be looked into and cannot be read.
+    """
+    names = source.names()
+    found = []
+    if CONFIG_FILE in names:
+        found.append(_kind_by_config(source, names))
+    if PARAMS_FILE in names and any(_NATIVE_WEIGHTS.fullmatch(name) for name in names):
+        found.append(ModelKind.META_NATIVE)
+    if names >= _STEP_FILES or any(_STEP_FOLDER.fullmatch(folder) for folder in source.subfolders()):
+        found.append(ModelKind.WMTP_CHECKPOINT)
+    if not found and _has_starling_head(source, names):
+        found.append(ModelKind.STARLING_REWARD)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        both = " and ".join(f"{kind.title} ({_NEEDS[kind]})" for kind in found)
+        raise ModelLoadError(
+            f"{source} holds two models: {both}; its files are {_shown(sorted(names))}",
+            remedy="give each model a folder of its own",
+        )
+    raise _nothing_found(source, names)
+
+
+def detect_causal_lm(source: ModelSource) -> ModelKind:
+    """Tell what kind of causal language model a folder holds.
+
+    Raises:
+        ModelLoadError: as `detect_kind`, or it is a reward model.
+    """
+    kind = detect_kind(source)
+    if kind not in CAUSAL_KINDS:
+        raise ModelLoadError(
+            f"{source} is {kind.title}, not a causal language model",
+            remedy="give a language model here; reward models go to paths.models.rm",
+        )
+    return kind
+
+
+def detect_reward_model(source: ModelSource) -> ModelKind:
+    """Tell what kind of reward model a folder holds.
+
+    Raises:
+        ModelLoadError: as `detect_kind`, or it is no reward model.
+    """
+    kind = detect_kind(source)
+    if kind not in REWARD_KINDS:
+        raise ModelLoadError(
+            f"{source} is {kind.title}, not a reward model",
+            remedy=f"a reward model has {_NEEDS[ModelKind.STARLING_REWARD]}, or is of the architecture "
+            "...ForSequenceClassification with one label",
+        )
+    return kind
+
+
+def native_weights(source: ModelSource) -> str:
+    """Return the name of the weights file of a native model.
+
+    Raises:
+        ModelLoadError: there are several: slices for as many devices, which are not put together.
+    """
+    files = sorted(name for name in source.names() if _NATIVE_WEIGHTS.fullmatch(name))
+    if len(files) != 1:
+        raise ModelLoadError(
+            f"{source} has {len(files)} weights files ({_shown(files)}); a native model is read from one",
+            remedy="use a model that is not sliced for several devices",
+        )
+    return files[0]
+
+
+def _kind_by_config(source: ModelSource, names: frozenset[str]) -> ModelKind:
+    if WMTP_FILE in names:
+        return ModelKind.WMTP_EXPORT
+    architectures = read_source_json(source, CONFIG_FILE).get("architectures") or []
+    if any(str(name).endswith("ForSequenceClassification") for name in architectures):
+        return ModelKind.SEQUENCE_CLASSIFICATION
+    return ModelKind.STARLING_REWARD if _has_starling_head(source, names) else ModelKind.HUGGING_FACE
+
+
+def _has_starling_head(source: ModelSource, names: frozenset[str]) -> bool:
+    if INDEX_FILES[1] in names:
+        return STARLING_HEAD in read_shard_index(source, INDEX_FILES[1])
+    if any(name.endswith(".safetensors") for name in names):
+        return False
+    file = _lone_torch_file(names)
+    return file is not None and STARLING_HEAD in open_tensors(source, file)
+
+
+def _lone_torch_file(names: frozenset[str]) -> str | None:
+    files = [name for name in names if name.endswith(TORCH_SUFFIXES) and name not in _NOT_WEIGHTS]
+    return files[0] if len(files) == 1 else None
+
+
+def _nothing_found(source: ModelSource, names: frozenset[str]) -> ModelLoadError:
+    folders = source.subfolders()
+    listed = [*sorted(names), *(f"{folder}/" for folder in folders)]
+    needs = "".join(f"\n  {kind.title} needs {_NEEDS[kind]}" for kind in ModelKind)
+    remedy = "give a model's directory, or a hub id"
+    if folders:
+        remedy += f"; or did you mean one of its folders ({_shown(folders)})?"
+    return ModelLoadError(
+        f"{source} is no model that is known here (it holds: {_shown(listed)}){needs}", remedy=remedy
+    )
+
+
+def _shown(names: list[str], limit: int = 12) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(names[:limit]) or "nothing") + more
