@@ -114,7 +114,7 @@ def run_training_pipeline(
 
         # 7. The trained model as a plain Hugging Face checkpoint.
         metrics = {**callbacks.metrics.latest, **callbacks.critic_metrics()}
-        export_model(recipe, parts, paths, metrics)
+        export_model(config, recipe, parts, paths, metrics)
 
         # 8. Evaluate it.
         evaluation = evaluate_model(config, recipe, environment, parts, paths.report, options)

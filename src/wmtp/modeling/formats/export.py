@@ -6,20 +6,24 @@ which form, and at which offsets. Neither disturbs a plain loader.
 
 from __future__ import annotations
 
+import copy
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from wmtp.exceptions import ModelLoadError, UserInputError
 from wmtp.modeling.formats.sources import HEADS_FILE, WMTP_FILE, ModelFiles, read_json
 from wmtp.modeling.formats.tensors import tensor_shapes
 from wmtp.modeling.heads import HEAD_FORMS, SavedHeads, check_offsets
+from wmtp.modeling.lora import plain_state_dict
 
 if TYPE_CHECKING:
     from wmtp.modeling.mtp_model import MTPModel
@@ -36,7 +40,13 @@ def save_mtp_model(
 ) -> None:
     """Write the export; see `MTPModel.save_pretrained`."""
     path.mkdir(parents=True, exist_ok=True)
-    model.causal_lm.save_pretrained(path)
+    causal_lm = model.causal_lm
+    own_generation_config = causal_lm.generation_config
+    causal_lm.generation_config = complete_generation_config(causal_lm, tokenizer)
+    try:
+        causal_lm.save_pretrained(path, state_dict=None if model.lora is None else plain_state_dict(model))
+    finally:
+        causal_lm.generation_config = own_generation_config
     tensors = {
         f"heads.{index}.{name}": tensor.detach().cpu().contiguous()
         for index, module in enumerate(model.extra_heads, start=1)
@@ -53,6 +63,80 @@ def save_mtp_model(
     (path / WMTP_FILE).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
+
+
+def complete_generation_config(
+    causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> GenerationConfig:
+    """Return the model's generation config with the ids that `generate()` needs to begin, stop and pad.
+
+    The model's own ids stay. The tokenizer's end-of-sequence token, which ends every training document, is
+    one more place to stop; beginning and padding come from the tokenizer where the model has none, and what
+    has no padding token is padded with the end-of-sequence token. Ids outside the vocabulary are left out.
+    """
+    config = GenerationConfig() if causal_lm.generation_config is None else causal_lm.generation_config
+    config = copy.deepcopy(config)
+    vocab_size: int = causal_lm.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr, index]
+
+    def known(*candidates: int | list[int] | None) -> list[int]:
+        listed = [ids if isinstance(ids, list) else [ids] for ids in candidates]
+        flat = [token_id for ids in listed for token_id in ids if token_id is not None]
+        return [token_id for token_id in dict.fromkeys(flat) if 0 <= token_id < vocab_size]
+
+    eos, bos, pad = (
+        (None, None, None)
+        if tokenizer is None
+        else (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    )
+    stops = known(config.eos_token_id, eos)
+    config.eos_token_id = stops if len(stops) > 1 else next(iter(stops), None)
+    config.bos_token_id = next(iter(known(config.bos_token_id, bos)), None)
+    config.pad_token_id = next(iter(known(config.pad_token_id, pad, stops)), None)
+    # Else `generate()` would make it anew from config.json, without what was added here.
+    config._from_model_config = False
+    return _made_valid(config)
+
+
+def _made_valid(config: GenerationConfig) -> GenerationConfig:
+    """Return a config that transformers agrees to save; it refuses what contradicts itself."""
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        # The usual contradiction: sampling parameters, as in older models, with sampling left off.
+        config.do_sample = True
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        warnings.warn(
+            f"only the special tokens of the generation config are exported, the rest is invalid: {error}",
+            stacklevel=2,
+        )
+        ids = {name: getattr(config, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
+        return GenerationConfig(**ids)
+    return config
+
+
+def convert_dtype(model: MTPModel, dtype: torch.dtype) -> None:
+    """Convert the model in place to the precision it is to be written in.
+
+    Raises:
+        ModelLoadError: a parameter has values that are not finite in it; the message names the tensor.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtype)
+        if not bool(torch.isfinite(parameter).all()):
+            raise ModelLoadError(
+                f"tensor {name!r} has values that {str(dtype).removeprefix('torch.')} cannot hold",
+                remedy="export as bf16 or fp32; where that fails too, the checkpoint itself holds NaN or Inf",
+            )
+    model.to(dtype)
+
+
+def read_export_metadata(files: ModelFiles) -> dict[str, Any]:
+    """Return what `wmtp.json` says of how the model was made; empty where there is no such file."""
+    file = files.find(WMTP_FILE)
+    metadata = {} if file is None else read_json(file).get("metadata")
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def read_saved_heads(files: ModelFiles) -> SavedHeads:
