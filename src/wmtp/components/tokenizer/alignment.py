@@ -69,7 +69,7 @@ def locate_tokens(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int]) 
             f"of it and wrote its unknown token {tokenizer.unk_token!r}",
             remedy="use a tokenizer that knows all bytes (byte-level, or with byte fallback)",
         )
-    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]  # fast tokenizers have one
+    backend = tokenizer.backend_tokenizer
     stream = DecodeStream(skip_special_tokens=False)
     spans: list[Span] = [(0, 0)] * first
     chunks: list[str] = []

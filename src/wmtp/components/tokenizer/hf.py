@@ -17,6 +17,7 @@ from wmtp.components.data.formats import missing_fields, recognise
 from wmtp.components.registry import tokenizer_registry
 from wmtp.components.tokenizer.chat import chat_pieces
 from wmtp.components.tokenizer.encoding import EncodedPiece, Piece, PieceEncoder, weights_from_spans
+from wmtp.components.tokenizer.raw_files import find_only_raw_file, load_raw_tokenizer
 from wmtp.evaluation.microcode import build_tokenizer
 from wmtp.exceptions import DataError, ModelLoadError, UserInputError
 from wmtp.objectives import IGNORE_INDEX
@@ -74,8 +75,30 @@ class HfTokenizer(Component[TokenizerContext, list[Feature]]):
                 f"max_length is {settings.max_length}", remedy="use at least 2: a token, and one to predict"
             )
         self.settings = settings
-        self.tokenizer = settings.tokenizer if settings.tokenizer is not None else _load(settings)
+        self.tokenizer = settings.tokenizer if settings.tokenizer is not None else self.load(settings)
         self._encoder = PieceEncoder(self.tokenizer)
+
+    @staticmethod
+    def load(settings: TokenizerSettings) -> PreTrainedTokenizerBase:
+        """Load the tokenizer at `settings.path`; a raw file is converted where there is nothing else."""
+        path = require_path(settings)
+        if path.startswith(BUILTIN_PREFIX):
+            return build_tokenizer()
+        raw_file = find_only_raw_file(path)
+        if raw_file is not None:
+            logger.info("%s has no Hugging Face tokenizer; %s is converted", path, raw_file)
+            return load_raw_tokenizer(raw_file)
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                path, trust_remote_code=settings.trust_remote_code
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise ModelLoadError(
+                f"no tokenizer can be loaded from {path!r}: {str(error).splitlines()[0]}",
+                remedy="give a directory or hub id with tokenizer.json or tokenizer.model "
+                "(model.tokenizer.path where the model has none)",
+            ) from error
+        return tokenizer
 
     def run(self, context: TokenizerContext) -> list[Feature]:
         """Tokenise the context's examples; see `tokenize_dataset`."""
@@ -260,19 +283,12 @@ def _examples_of_row(row: Mapping[str, Any], number: int) -> list[Example]:
     return row_format.convert(f"row {number}", fields)
 
 
-def _load(settings: TokenizerSettings) -> PreTrainedTokenizerBase:
+def require_path(settings: TokenizerSettings) -> str:
+    """The path of the settings.
+
+    Raises:
+        UserInputError: there is none.
+    """
     if settings.path is None:
         raise UserInputError("no tokenizer is named", remedy="set model.tokenizer.path or the base model")
-    if settings.path.startswith(BUILTIN_PREFIX):
-        return build_tokenizer()
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            settings.path, trust_remote_code=settings.trust_remote_code
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelLoadError(
-            f"no tokenizer can be loaded from {settings.path!r}: {str(error).splitlines()[0]}",
-            remedy="give a directory or hub id with tokenizer.json or tokenizer.model "
-            "(model.tokenizer.path where the model has none)",
-        ) from error
-    return tokenizer
+    return settings.path
