@@ -139,13 +139,13 @@ def _params_for(config: LlamaConfig, num_heads: int) -> dict[str, Any]:
     current = _describe(config, num_heads)
     saved: Mapping[str, Any] | None = config.to_dict().get(PARAMS_ATTRIBUTE)
     if saved is None:
-        return {**current, **_feed_forward_fields(config)}
+        return {**current, **feed_forward_fields(config.hidden_size, config.intermediate_size)}
     source = f"{PARAMS_ATTRIBUTE} in the model's configuration"
     original, original_heads = native_config(saved, vocab_size=config.vocab_size, source=source)
     before = _describe(original, original_heads)
     changed = {name: value for name, value in current.items() if value != before[name]}
     if (original.hidden_size, original.intermediate_size) != (config.hidden_size, config.intermediate_size):
-        changed |= _feed_forward_fields(config)
+        changed |= feed_forward_fields(config.hidden_size, config.intermediate_size)
     return {**saved, **changed}
 
 
@@ -164,8 +164,7 @@ def _describe(config: LlamaConfig, num_heads: int) -> dict[str, Any]:
     }
 
 
-def _feed_forward_fields(config: LlamaConfig) -> dict[str, Any]:
-    """Return fields from which `feed_forward_size` computes exactly this model's."""
-    unscaled = feed_forward_size(config.hidden_size, 1, 1.0)
+def feed_forward_fields(dim: int, size: int) -> dict[str, Any]:
+    """Return the fields of params.json from which `feed_forward_size` computes exactly this size."""
     # The half keeps the product clear of the next lower whole number, to which it is cut.
-    return {"multiple_of": 1, "ffn_dim_multiplier": (config.intermediate_size + 0.5) / unscaled}
+    return {"multiple_of": 1, "ffn_dim_multiplier": (size + 0.5) / feed_forward_size(dim, 1, 1.0)}
