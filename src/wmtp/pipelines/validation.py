@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from torch import nn
 
 from wmtp.components.data.formats import Split
 from wmtp.components.loader import MICRO_BASE, MICRO_LLAMA, MICRO_REFERENCE
@@ -11,17 +13,31 @@ from wmtp.components.tokenizer import HfTokenizer
 from wmtp.exceptions import UserInputError, WmtpError
 from wmtp.execution import check_sandbox
 from wmtp.factory import ComponentFactory
-from wmtp.pipelines.memory import estimate_memory
+from wmtp.modeling import MTPModel, ValueHead, trainable_parameters
+from wmtp.pipelines.memory import Helpers, estimate_memory
+from wmtp.pipelines.meta_models import (
+    ModelDescription,
+    build_base,
+    build_reference,
+    build_reward_model,
+    describe_causal_lm,
+    describe_reward_model,
+)
 from wmtp.pipelines.models import load_tokenizer, same_vocabulary
 from wmtp.pipelines.outputs import RunOptions
-from wmtp.settings import Config, ModelRole, Recipe, find_dataset, find_model, require_available
+from wmtp.settings import (
+    Config,
+    ModelChoice,
+    ModelRole,
+    Recipe,
+    find_dataset,
+    find_model,
+    require_available,
+)
+from wmtp.settings.resolution import explain_missing_model
 
 _NUM_SAMPLE_ROWS = 8
-_ROLES: tuple[tuple[ModelRole, str], ...] = (
-    ("base", "base model"),
-    ("ref", "reference model"),
-    ("rm", "reward model"),
-)
+_TITLES: dict[ModelRole, str] = {"base": "base model", "ref": "reference model", "rm": "reward model"}
 # The trained built-in models have the shape and the tokenizer of the untrained one.
 _SHAPE_OF = {MICRO_BASE: MICRO_LLAMA, MICRO_REFERENCE: MICRO_LLAMA}
 
@@ -33,6 +49,15 @@ class Finding:
     subject: str
     detail: str
     is_ok: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Described:
+    """The model of a role, or what is wrong with it; neither where the role is not filled."""
+
+    choice: ModelChoice | None = None
+    model: ModelDescription | None = None
+    problem: WmtpError | None = None
 
 
 def validate_settings(config: Config, recipe: Recipe, options: RunOptions) -> list[Finding]:
@@ -52,13 +77,17 @@ def validate_settings(config: Config, recipe: Recipe, options: RunOptions) -> li
         except WmtpError as error:
             problems.append(error)
 
-    look(lambda: _check_models(config, recipe))
+    described = {role: _describe_model(config, recipe, role, options) for role in _TITLES}
+    for role in _TITLES:
+        look(lambda role=role: _check_model(described[role], role, recipe))  # type: ignore[misc]
     look(lambda: _check_tokenizers(config, recipe, options))
     for source in dict.fromkeys((*recipe.data.train.sources, *recipe.data.eval.sources)):
         look(lambda source=source: _check_dataset(config, recipe, source, "train"))  # type: ignore[misc]
     for source in recipe.eval.datasets:
         look(lambda source=source: _check_dataset(config, recipe, source, "test"))  # type: ignore[misc]
-    look(lambda: _check_memory(config, recipe, options))
+    base, reference, reward = (described[role] for role in _TITLES)
+    look(lambda: _check_lengths(base, reference, recipe))
+    look(lambda: _check_shapes(config, recipe, base, reference, reward))
     findings.extend(_check_sandbox(recipe))
     if problems:
         listed = "\n".join(f"{number}. {problem}" for number, problem in enumerate(problems, 1))
@@ -66,13 +95,126 @@ def validate_settings(config: Config, recipe: Recipe, options: RunOptions) -> li
     return findings
 
 
-def _check_models(config: Config, recipe: Recipe) -> list[Finding]:
-    findings = []
-    for role, title in _ROLES:
-        choice = find_model(config, recipe, role)
-        if choice is not None:
-            findings.append(Finding(title, f"{choice.path} (from {choice.key})"))
+def _describe_model(config: Config, recipe: Recipe, role: ModelRole, options: RunOptions) -> _Described:
+    """Read the description of the model of a role; what is wrong with it is kept for the report."""
+    choice = find_model(config, recipe, role)
+    if choice is None:
+        return _Described()
+    describe = describe_reward_model if role == "rm" else describe_causal_lm
+    try:
+        return _Described(choice, describe(choice.path, trust_remote_code=options.trust_remote_code))
+    except WmtpError as error:
+        return _Described(choice, problem=error)
+
+
+def _check_model(described: _Described, role: ModelRole, recipe: Recipe) -> list[Finding]:
+    """Which model fills a role, by which key, and what it is."""
+    choice, title = described.choice, _TITLES[role]
+    if choice is None:
+        if _is_used(role, recipe):
+            rule, remedy = explain_missing_model(role)
+            raise UserInputError(f"paths.models.{role} {rule}", remedy=remedy)
+        return []
+    where = f"{choice.path} (from {choice.key})"
+    if described.problem is not None:
+        if _is_used(role, recipe):
+            raise UserInputError(
+                f"{title} {where}: {described.problem.message}", remedy=described.problem.remedy
+            )
+        return [Finding(title, f"{where}, which this recipe does not use: {described.problem}", is_ok=False)]
+    assert described.model is not None
+    unused = "" if _is_used(role, recipe) else ", not used by this recipe"
+    return [Finding(title, f"{where}{unused}: {described.model.describe()}")]
+
+
+def _is_used(role: ModelRole, recipe: Recipe) -> bool:
+    if role == "ref":
+        return recipe.train.algo == "rho1-wmtp" and recipe.rho1.reference == "online"
+    if role == "rm":
+        return recipe.train.algo == "critic-wmtp" and recipe.critic.reward.source == "reward_model"
+    return True
+
+
+def _check_lengths(base: _Described, reference: _Described, recipe: Recipe) -> list[Finding]:
+    """Rows fit into the models' contexts, and vocabularies are told apart.
+
+    A row holds its targets too, so the offsets of the heads need no positions beyond it.
+    """
+    length = recipe.data.train.max_length
+    used = [(base, "base")] + ([(reference, "ref")] if _is_used("ref", recipe) else [])
+    findings, problems = [], []
+    for described, role in used:
+        if described.model is None:
+            continue
+        limit = described.model.context_length
+        title = _TITLES[role]  # type: ignore[index]  # keys of that table
+        if limit is not None and length > limit:
+            problems.append(f"{title} was made for {limit}")
+        findings.append(Finding(f"{title} context", f"{limit or 'any number of'} tokens, rows have {length}"))
+    if problems:
+        raise UserInputError(
+            f"data.train.max_length is {length} tokens, but {' and '.join(problems)}",
+            remedy="lower data.train.max_length, or use models with a longer context",
+        )
+    if base.model is not None and reference.model is not None and _is_used("ref", recipe):
+        ours, theirs = base.model.vocab_size, reference.model.vocab_size
+        same = "as many as the base" if ours == theirs else f"the base has {ours:,}"
+        findings.append(Finding("reference vocabulary", f"{theirs:,}, {same}"))
     return findings
+
+
+def _check_shapes(
+    config: Config, recipe: Recipe, base: _Described, reference: _Described, reward: _Described
+) -> list[Finding]:
+    """Heads, parameters and memory, of models on the meta device."""
+    if base.model is None:
+        return []
+    model, warned = build_base(base.model, recipe)
+    asked, found = recipe.model.mtp.horizon, len(base.model.heads.offsets)
+    heads = f"{model.horizon} of the form {model.head_form}, offsets {list(model.offsets)}"
+    heads += f"; the checkpoint has {found}, model.mtp.horizon asks for {asked}"
+    learned = trainable_parameters(model)
+    adapters = "" if recipe.model.lora is None else f", LoRA of rank {recipe.model.lora.rank}"
+    findings = [
+        Finding("heads", heads),
+        *(Finding("heads", message, is_ok=False) for message in warned),
+        Finding("parameters", f"{model.num_parameters:,} with {model.horizon} heads"),
+        Finding(
+            "trained",
+            f"{learned:,} parameters, {model.num_parameters - learned:,} frozen "
+            f"(model.trainable: {recipe.model.trainable}{adapters})",
+        ),
+    ]
+    helpers, about_helpers = _build_helpers(recipe, model, reference, reward)
+    findings += about_helpers
+    needs_reference = _is_used("ref", recipe) and reference.model is None
+    needs_reward = _is_used("rm", recipe) and reward.model is None
+    if needs_reference or needs_reward:
+        return findings
+    estimate = estimate_memory(config, recipe, model, helpers)
+    return [*findings, Finding("memory estimate", estimate.describe())]
+
+
+def _build_helpers(
+    recipe: Recipe, model: MTPModel, reference: _Described, reward: _Described
+) -> tuple[Helpers, list[Finding]]:
+    findings, parts = [], Helpers()
+    if reference.model is not None and _is_used("ref", recipe):
+        parts = replace(parts, reference=build_reference(reference.model))
+        findings.append(Finding("reference parameters", f"{_count(parts.reference):,} frozen"))
+    if reward.model is not None:
+        reward_model = build_reward_model(reward.model)
+        findings.append(Finding("reward model parameters", f"{_count(reward_model):,} frozen"))
+        if _is_used("rm", recipe):
+            parts = replace(parts, reward_model=reward_model)
+    if recipe.train.algo == "critic-wmtp":
+        parts = replace(parts, value_head=ValueHead.from_model(model, form=recipe.critic.head.form))
+        findings.append(Finding("value head parameters", f"{_count(parts.value_head):,}"))
+    return parts, findings
+
+
+def _count(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
 
 
 def _check_tokenizers(config: Config, recipe: Recipe, options: RunOptions) -> list[Finding]:
@@ -105,17 +247,6 @@ def _check_dataset(config: Config, recipe: Recipe, source: str, split: Split) ->
     rows = loader.load(path, split=split, limit=_NUM_SAMPLE_ROWS)
     kinds = "with tests" if rows[0].task is not None else "without tests"
     return [Finding(f"dataset {source} ({split})", f"{path}: rows can be read, {kinds}")]
-
-
-def _check_memory(config: Config, recipe: Recipe, options: RunOptions) -> list[Finding]:
-    choice = find_model(config, recipe, "base")
-    if choice is None:
-        return []
-    estimate = estimate_memory(config, recipe, _SHAPE_OF.get(choice.path, choice.path), options)
-    return [
-        Finding("parameters", f"{estimate.num_parameters:,} with {recipe.model.mtp.horizon} heads"),
-        Finding("memory estimate", estimate.describe()),
-    ]
 
 
 def _check_sandbox(recipe: Recipe) -> list[Finding]:

@@ -1,0 +1,236 @@
+"""The models of a run from their configuration files alone: on the meta device, shapes without weights."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import sentencepiece
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+
+from wmtp.components.loader import MICRO_BASE, MICRO_LLAMA, MICRO_REFERENCE
+from wmtp.components.loader.builtin import build_micro_llama
+from wmtp.exceptions import ModelLoadError
+from wmtp.modeling import MTPModel, choose_trainable
+from wmtp.modeling.formats.export import read_saved_heads
+from wmtp.modeling.formats.kinds import PARAMS_FILE, ModelKind
+from wmtp.modeling.formats.meta_native import native_config
+from wmtp.modeling.formats.sources import (
+    CONFIG_FILE,
+    WMTP_FILE,
+    ModelFiles,
+    ModelSource,
+    locate_source,
+    read_safe_config,
+    read_source_json,
+)
+from wmtp.modeling.formats.tensors import TORCH_SUFFIXES
+from wmtp.modeling.heads import HeadRequest, SavedHeads, plan_heads
+from wmtp.modeling.lora import add_lora
+from wmtp.settings import Recipe
+from wmtp.settings.recipe_model import ModelSettings
+
+BUILTIN = (MICRO_LLAMA, MICRO_BASE, MICRO_REFERENCE)
+_TOKENIZER_FILE = "tokenizer.model"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """What a model's files say of it before any weight is read.
+
+    Attributes:
+        name: what the user calls it.
+        kind: its kind; None for a built-in model.
+        config: its configuration.
+        heads: the heads of the checkpoint.
+        note: what was assumed, for people; empty where nothing was.
+    """
+
+    name: str
+    kind: ModelKind | None
+    config: PreTrainedConfig
+    heads: SavedHeads
+    note: str = ""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return int(self.config.get_text_config(decoder=True).vocab_size)
+
+    @property
+    def context_length(self) -> int | None:
+        """Most positions the model was made for; None where its configuration does not say."""
+        length = self.config.get_text_config(decoder=True).to_dict().get("max_position_embeddings")
+        return None if length is None else int(length)
+
+    def describe(self) -> str:
+        """One line for people."""
+        config = self.config.get_text_config(decoder=True)
+        num_heads = len(self.heads.offsets)
+        heads = f", {num_heads} heads ({self.heads.form})" if num_heads > 1 else ""
+        # Layers of the next-token model: the blocks of further heads are counted as heads.
+        sizes = f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}"
+        sizes += f", vocabulary {self.vocab_size}"
+        title = "a built-in model" if self.kind is None else self.kind.title
+        return f"{title}: {sizes}{heads}{self.note and f' ({self.note})'}"
+
+
+def describe_causal_lm(path: str, *, trust_remote_code: bool) -> ModelDescription:
+    """Read what describes a causal language model: a directory, a hub id or a built-in name.
+
+    Raises:
+        ModelLoadError: no description is there, it cannot be had, or it is that of a reward model.
+    """
+    if path in BUILTIN:
+        with torch.device("meta"):
+            return ModelDescription(path, None, build_micro_llama().config, SavedHeads())
+    source = locate_source(path)
+    kind = _kind_of_description(source)
+    if kind is ModelKind.META_NATIVE:
+        params = read_source_json(source, PARAMS_FILE)
+        # Asked for alone where the file leaves it open, because that needs the tokenizer.
+        vocab_size = _vocab_size(source) if params.get("vocab_size") == -1 else None
+        llama, num_heads = native_config(params, vocab_size=vocab_size, source=f"{source}/{PARAMS_FILE}")
+        return ModelDescription(path, kind, llama, SavedHeads("transformer", tuple(range(1, num_heads + 1))))
+    if kind is ModelKind.SEQUENCE_CLASSIFICATION:
+        raise ModelLoadError(
+            f"{source} is {kind.title}, not a causal language model",
+            remedy="give a language model here; reward models go to model.rm_id or paths.models.rm",
+        )
+    files = _config_folder(source)
+    config = _read_config(files, trust_remote_code=trust_remote_code)
+    return ModelDescription(path, kind, config, read_saved_heads(files))
+
+
+def describe_reward_model(path: str, *, trust_remote_code: bool) -> ModelDescription:
+    """Read what describes a reward model.
+
+    Raises:
+        ModelLoadError: no description is there, it cannot be had, or the model gives several numbers.
+    """
+    source = locate_source(path)
+    if CONFIG_FILE not in source.names() and any(name.endswith(TORCH_SUFFIXES) for name in source.names()):
+        # Published without a configuration, which its tensors tell when they are loaded.
+        note = f"no {CONFIG_FILE}; taken for a Llama 2 7B until its tensors are read"
+        return ModelDescription(path, ModelKind.STARLING_REWARD, LlamaConfig(), SavedHeads(), note)
+    kind = _kind_of_description(source)
+    config = _read_config(_config_folder(source), trust_remote_code=trust_remote_code)
+    if kind is not ModelKind.SEQUENCE_CLASSIFICATION:
+        return ModelDescription(path, ModelKind.STARLING_REWARD, config, SavedHeads())
+    if config.num_labels != 1:
+        raise ModelLoadError(
+            f"{source} is a classifier with {config.num_labels} labels, a reward model has one",
+            remedy="choose a reward model (one entry in id2label of its config.json)",
+        )
+    return ModelDescription(path, kind, config, SavedHeads())
+
+
+def build_base(description: ModelDescription, recipe: Recipe) -> tuple[MTPModel, list[str]]:
+    """Build the model to train with its heads and adapters; parameters that learn require gradients.
+
+    Returns:
+        The model, and what a run would warn of.
+
+    Raises:
+        UserInputError: heads, adapters or what is to be trained do not fit the checkpoint.
+        ModelLoadError: the architecture is not understood.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        model = _build_mtp_model(description, head_request(recipe.model))
+    if recipe.model.lora is not None:
+        add_lora(model, **recipe.model.lora.model_dump())
+    choose_trainable(model, recipe.model.trainable, warmup_head_steps=recipe.model.warmup_head_steps)
+    return model, [str(warning.message) for warning in caught]
+
+
+def build_reference(description: ModelDescription) -> MTPModel:
+    """Build a reference model: head 0 alone."""
+    with warnings.catch_warnings():
+        # That its further heads are not used is how references work.
+        warnings.simplefilter("ignore", UserWarning)
+        return _build_mtp_model(description, HeadRequest(horizon=1))
+
+
+def build_reward_model(description: ModelDescription) -> nn.Module:
+    """Build the decoder of a reward model and its head."""
+    with torch.device("meta"):
+        decoder: nn.Module = AutoModel.from_config(description.config)  # type: ignore[no-untyped-call]
+        hidden_size = description.config.get_text_config(decoder=True).hidden_size
+        return nn.ModuleList([decoder, nn.Linear(hidden_size, 1, bias=False)])
+
+
+def head_request(settings: ModelSettings) -> HeadRequest:
+    """The heads a recipe asks for."""
+    mtp = settings.mtp
+    return HeadRequest(horizon=mtp.horizon, head=mtp.head, adapter=mtp.adapter, offsets=mtp.offsets)
+
+
+def _build_mtp_model(description: ModelDescription, request: HeadRequest) -> MTPModel:
+    plan = plan_heads(request, description.heads, description.name)
+    with torch.device("meta"):
+        causal_lm = AutoModelForCausalLM.from_config(description.config)  # type: ignore[no-untyped-call]
+        return MTPModel(causal_lm, form=plan.form, offsets=plan.offsets)
+
+
+def _kind_of_description(source: ModelSource) -> ModelKind:
+    """Tell the kind by the files that describe a model; its weights need not be there."""
+    names = source.names()
+    if CONFIG_FILE in names and PARAMS_FILE in names:
+        raise ModelLoadError(
+            f"{source} holds two models: it has {CONFIG_FILE} and {PARAMS_FILE}",
+            remedy="give each model a folder of its own",
+        )
+    if PARAMS_FILE in names:
+        return ModelKind.META_NATIVE
+    if CONFIG_FILE not in names:
+        listed = ", ".join([*sorted(names), *(f"{folder}/" for folder in source.subfolders())][:12])
+        raise ModelLoadError(
+            f"{source} has neither {CONFIG_FILE} nor {PARAMS_FILE} (it holds: {listed or 'nothing'})",
+            remedy="give a model's directory or hub id; a folder of a repository is org/name:folder",
+        )
+    if WMTP_FILE in names:
+        return ModelKind.WMTP_EXPORT
+    architectures = read_source_json(source, CONFIG_FILE).get("architectures") or []
+    if any(str(name).endswith("ForSequenceClassification") for name in architectures):
+        return ModelKind.SEQUENCE_CLASSIFICATION
+    return ModelKind.HUGGING_FACE
+
+
+def _config_folder(source: ModelSource) -> ModelFiles:
+    """The folder on this machine that holds config.json, brought here if it is on the hub."""
+    source.find(WMTP_FILE)  # a file of the hub comes here when it is asked for
+    file = source.find(CONFIG_FILE)
+    if file is None:
+        raise ModelLoadError(f"{source}/{CONFIG_FILE} is missing", remedy="copy the whole model again")
+    return ModelFiles(str(file.parent))
+
+
+def _read_config(files: ModelFiles, *, trust_remote_code: bool) -> PreTrainedConfig:
+    if not trust_remote_code:
+        read_safe_config(files)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            files.source, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(
+            f"{files} has no usable model configuration: {str(error).splitlines()[0]}",
+            remedy="use a model that the installed transformers knows, or a newer transformers",
+        ) from error
+    return config
+
+
+def _vocab_size(source: ModelSource) -> int:
+    """Tokens of the tokenizer beside a native model or one folder up."""
+    for folder in (source, source.parent()):
+        file = None if folder is None else folder.find(_TOKENIZER_FILE)
+        if file is not None:
+            return int(sentencepiece.SentencePieceProcessor(model_file=str(file)).vocab_size())
+    raise ModelLoadError(
+        f"{source}/{PARAMS_FILE} leaves the vocabulary to the tokenizer (vocab_size -1), and there is no "
+        f"{_TOKENIZER_FILE} beside it or one folder up",
+        remedy=f"put {_TOKENIZER_FILE} there",
+    )
