@@ -256,6 +256,18 @@ def test_a_base_model_is_needed_and_either_file_may_name_it(write: Writer, recip
     assert recipe.model.base_id == "org/name"
 
 
+def test_a_reward_model_is_needed_where_it_gives_the_rewards(config_file: Path, write: Writer) -> None:
+    text = "critic: {reward: {source: reward_model, granularity: token}}\n"
+    recipe = write(RECIPE.replace("baseline-mtp", "critic-wmtp") + text, "recipe.yaml")
+    problem = only(lambda: load_settings(config_file, recipe))
+    assert (problem.key, "reward model" in problem.rule) == ("paths.models.rm", True)
+    load_settings(config_file, recipe, ["paths.models.rm=org/name"])
+    load_settings(config_file, recipe, ["model.rm_id=org/name"])
+    # Other sources and other algorithms need none.
+    load_settings(config_file, recipe, ["critic.reward.source=column", "critic.reward.granularity=sequence"])
+    load_settings(config_file, recipe, ["train.algo=baseline-mtp"])
+
+
 def test_a_dataset_name_is_checked_against_the_config(config_file: Path, write: Writer) -> None:
     recipe = write(RECIPE.replace("[microcode]", "[microcod, mbpp, data/own.jsonl]"), "recipe.yaml")
     problems = problems_of(lambda: load_settings(config_file, recipe))

@@ -124,6 +124,7 @@ def test_a_value_out_of_bounds_is_refused(section: str, field: str, bad: object)
         ({"optim": {"warmup_steps": 101}}, "optim.warmup_steps"),
         ({"optim": {"warmup_steps": 81, "scheduler": "wsd"}}, "optim.decay_ratio"),
         ({"rho1": {"reference": "precomputed"}}, "rho1.reference_scores"),
+        ({"critic": {"reward": {"granularity": "token"}}}, "critic.reward.granularity"),
         ({"model": {"mtp": {"offsets": [1, 2]}}}, "model.mtp.offsets"),
         ({"model": {"mtp": {"offsets": [1, 3, 2, 4]}}}, "model.mtp.offsets"),
         ({"model": {"mtp": {"offsets": [2, 3, 4, 5]}}}, "model.mtp.offsets"),

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from wmtp.components.data import CollatorSettings, DataLoaderSettings, MicroCodeOptions, UnifiedDataLoader
 from wmtp.components.data.batching import Collator
-from wmtp.components.loader import CheckpointLoader, UnifiedModelLoader
+from wmtp.components.loader import CheckpointLoader, RewardModelLoader, UnifiedModelLoader
 from wmtp.components.optimizer import AdamWOptimizer
 from wmtp.components.pretrainer import CriticHeadPretrainer
 from wmtp.components.registry import (
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 # The scorer of each algorithm that has one of its own.
 _ALGORITHM_SCORERS: Final = {"critic-wmtp": "critic-delta-v1", "rho1-wmtp": "rho1-excess-v1"}
 _MODEL_LOADER: Final = "unified-model-loader"
+_REWARD_MODEL_LOADER: Final = "reward-model-loader"
 _PACKED_PADDING: Final = 8
 
 
@@ -58,6 +59,12 @@ class ComponentFactory:
     ) -> UnifiedModelLoader:
         """The model loader `type`, by default the unified one."""
         loader: UnifiedModelLoader = loader_registry.create(type or _MODEL_LOADER, config)
+        return loader
+
+    @staticmethod
+    def create_reward_model_loader(config: Config) -> RewardModelLoader:
+        """The loader of reward models."""
+        loader: RewardModelLoader = loader_registry.create(_REWARD_MODEL_LOADER, config)
         return loader
 
     @staticmethod

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
+from wmtp.components.data import Feature
 from wmtp.components.pretrainer import (
     CriticQuality,
     LabelledProgram,
     PretrainerContext,
+    ProgramScorer,
     RewardedPrograms,
     collect_programs,
+    label_by_median,
     measure_critic,
     read_programs,
     sample_rollouts,
@@ -55,6 +58,7 @@ def prepare_critic(
     data: PreparedData,
     *,
     folder: Path,
+    load_scorer: Callable[[], ProgramScorer | None],
     unsafe_execution: bool,
     is_resumed: bool,
 ) -> Critic:
@@ -68,9 +72,9 @@ def prepare_critic(
     if is_resumed:
         programs = read_programs(programs_file)
     else:
-        examples = list(data.examples.values())
-        programs = collect_programs(examples, recipe, unsafe_execution=unsafe_execution)
-        programs += sample_rollouts(model, tokenizer, examples, recipe, unsafe_execution=unsafe_execution)
+        programs = _reward_programs(
+            recipe, model, tokenizer, data, load_scorer=load_scorer, unsafe_execution=unsafe_execution
+        )
         write_programs(programs_file, programs)
     train, holdout = _split_by_prompt(programs, recipe)
     _reward_features(data, train)
@@ -121,16 +125,39 @@ def critic_measurement(
     return measure
 
 
+def _reward_programs(
+    recipe: Recipe,
+    model: MTPModel,
+    tokenizer: HfTokenizer,
+    data: PreparedData,
+    *,
+    load_scorer: Callable[[], ProgramScorer | None],
+    unsafe_execution: bool,
+) -> list[LabelledProgram]:
+    """Programs of the data and rollouts with what they earned; a reward model is gone again afterwards."""
+    scorer = load_scorer()
+    examples = list(data.examples.values())
+    programs = collect_programs(examples, recipe, unsafe_execution=unsafe_execution, scorer=scorer)
+    programs += sample_rollouts(
+        model, tokenizer, examples, recipe, unsafe_execution=unsafe_execution, scorer=scorer
+    )
+    return programs if scorer is None else label_by_median(programs)
+
+
 def _split_by_prompt(
     programs: list[LabelledProgram], recipe: Recipe
 ) -> tuple[list[LabelledProgram], list[LabelledProgram]]:
-    """Training and held-out programs; those of one prompt stay on one side."""
-    prompts = sorted({program.example.prompt for program in programs})
+    """Training and held-out programs; those of one prompt stay on one side (plain texts are their own)."""
+
+    def prompt_of(program: LabelledProgram) -> str:
+        return program.example.prompt or program.example.row_id
+
+    prompts = sorted({prompt_of(program) for program in programs})
     generator = np.random.Generator(np.random.PCG64([recipe.train.seed, len(prompts), 2]))
     num_held_out = max(1, round(recipe.critic.pretrain.holdout_ratio * len(prompts)))
     held_out = {prompts[index] for index in generator.permutation(len(prompts))[:num_held_out]}
-    train = [program for program in programs if program.example.prompt not in held_out]
-    holdout = [program for program in programs if program.example.prompt in held_out]
+    train = [program for program in programs if prompt_of(program) not in held_out]
+    holdout = [program for program in programs if prompt_of(program) in held_out]
     if not train:
         raise UserInputError(
             f"all {len(programs)} rewarded programs share one prompt, so none can be held out",
@@ -141,12 +168,22 @@ def _split_by_prompt(
 
 def _tokenize(programs: list[LabelledProgram], tokenizer: HfTokenizer) -> RewardedPrograms:
     features = tokenizer.tokenize_dataset([program.example for program in programs])
-    is_right = {program.example.row_id: program.is_right for program in programs}
-    return RewardedPrograms(features, [is_right[feature["row_id"]] for feature in features])
+    by_row_id = {program.example.row_id: program for program in programs}
+    for feature in features:
+        _add_token_rewards(feature, by_row_id[feature["row_id"]])
+    return RewardedPrograms(features, [by_row_id[feature["row_id"]].is_right for feature in features])
 
 
 def _reward_features(data: PreparedData, programs: list[LabelledProgram]) -> None:
     """Give the training features the rewards that are known and not held out, and no others."""
-    rewards = {program.example.row_id: program.example.reward for program in programs}
+    by_row_id = {program.example.row_id: program for program in programs}
     for feature in data.features:
-        feature["reward"] = rewards.get(feature["row_id"])
+        program = by_row_id.get(feature["row_id"])
+        feature["reward"] = None if program is None else program.example.reward
+        if program is not None:
+            _add_token_rewards(feature, program)
+
+
+def _add_token_rewards(feature: Feature, program: LabelledProgram) -> None:
+    if program.token_rewards is not None:
+        feature["rewards"] = program.token_rewards

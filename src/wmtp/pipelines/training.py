@@ -37,6 +37,7 @@ from wmtp.pipelines.models import load_base, load_reference, load_tokenizer
 from wmtp.pipelines.outputs import RunOptions, RunOutputs
 from wmtp.pipelines.report import report_training, write_settings
 from wmtp.pipelines.resume import load_resume_checkpoint, refuse_existing_run
+from wmtp.pipelines.rewards import load_program_scorer
 from wmtp.settings import Config, Recipe, redacted_dump, require_available, require_model
 from wmtp.tracking import CompositeTracker, RunStatus, create_tracker, experiment_name
 
@@ -89,7 +90,7 @@ def run_training_pipeline(
     try:
         # 4. Stage 1 of the critic.
         seed_everything(recipe.train.seed)
-        critic = _prepare_critic(recipe, environment, parts, paths, options, checkpoint)
+        critic = _prepare_critic(config, recipe, environment, parts, paths, options, checkpoint)
 
         # 5. Optimizer, scorer, callbacks, trainer; the state of a resumed run.
         context = _build_trainer_context(config, recipe, environment, parts, critic)
@@ -179,6 +180,7 @@ def _build_parts(
 
 
 def _prepare_critic(
+    config: Config,
     recipe: Recipe,
     environment: Environment,
     parts: RunParts,
@@ -195,6 +197,9 @@ def _prepare_critic(
         parts.tokenizer,
         parts.data,
         folder=paths.checkpoints / "critic",
+        load_scorer=lambda: load_program_scorer(
+            config, recipe, environment, parts.tokenizer, trust_remote_code=options.trust_remote_code
+        ),
         unsafe_execution=options.unsafe_execution,
         is_resumed=checkpoint is not None,
     )
@@ -259,6 +264,9 @@ def _dry_run(config: Config, recipe: Recipe, options: RunOptions) -> RunOutputs:
     """Build everything, run one step at the longest length, write nothing."""
     environment = prepare_environment(config, recipe)
     parts = _build_parts(config, recipe, environment, options, dry_run=True)
+    load_program_scorer(
+        config, recipe, environment, parts.tokenizer, trust_remote_code=options.trust_remote_code
+    )
     critic = untrained_critic(recipe, parts.model, environment)
     context = _build_trainer_context(config, recipe, environment, parts, critic)
     trainer = ComponentFactory.create_trainer(recipe, config)

@@ -70,8 +70,6 @@ _TABLE = (
     _Unavailable("model.lora", _is_set, "remove it; the whole model is trained"),
     _Unavailable("rho1.reference", _among("precomputed"), "use online"),
     _Unavailable("critic.value_head", _is_remote, "use a local path, or null to train one"),
-    _Unavailable("critic.reward.source", _among("reward_model"), "use execution or column"),
-    _Unavailable("critic.reward.granularity", _among("token"), "use sequence"),
     _Unavailable(
         "eval.types", _among("exact-match", "self-speculation"), "use meta-mtp, perplexity or token-accuracy"
     ),

@@ -134,9 +134,11 @@ def _find_joint_violations(
     config: Checked[Config], recipe: Checked[Recipe]
 ) -> Iterator[tuple[Checked[Config] | Checked[Recipe], Violation]]:
     """Check the rules that need both files: models and datasets that the recipe uses and the config names."""
+    algorithm, reward_source = recipe.value_at("train.algo"), recipe.value_at("critic.reward.source")
     roles: list[tuple[ModelRole, bool]] = [
         ("base", True),
-        ("ref", recipe.value_at("train.algo") == "rho1-wmtp"),
+        ("ref", algorithm == "rho1-wmtp"),
+        ("rm", algorithm == "critic-wmtp" and reward_source == "reward_model"),
     ]
     for role, is_needed in roles:
         config_key, recipe_key = f"paths.models.{role}", f"model.{role}_id"

@@ -43,6 +43,7 @@ class Recipe(Section):
 def _find_violations(recipe: Recipe) -> Iterator[Violation]:
     """Check the rules that span several fields."""
     yield from _check_train(recipe)
+    yield from _check_rewards(recipe)
     yield from _check_heads(recipe)
     yield from _check_schedule(recipe)
 
@@ -77,6 +78,18 @@ def _check_train(recipe: Recipe) -> Iterator[Violation]:
             f"is below data.train.max_length ({data.max_length}), so a full row never fits",
             f"set it to at least {data.max_length}, or lower data.train.max_length",
             ("data.train.max_length",),
+        )
+
+
+def _check_rewards(recipe: Recipe) -> Iterator[Violation]:
+    """Only a reward model tells a reward at every token."""
+    reward = recipe.critic.reward
+    if reward.granularity == "token" and reward.source != "reward_model":
+        yield Violation(
+            "critic.reward.granularity",
+            f"cannot be token with critic.reward.source: {reward.source}, which gives a program one reward",
+            "set it to sequence, or critic.reward.source: reward_model",
+            ("critic.reward.source",),
         )
 
 

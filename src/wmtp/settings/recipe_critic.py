@@ -23,10 +23,11 @@ class RewardSettings(Section):
 
     source: Literal["execution", "column", "reward_model"] = Field(
         default="execution",
-        description="Run the program's tests, read the data's reward column, or ask paths.models.rm.",
+        description="Run tests, read the reward column, or ask a reward model (right: above the median).",
     )
     granularity: Literal["sequence", "token"] = Field(
-        default="sequence", description="One reward at a document's last token, or one at every token."
+        default="sequence",
+        description="One reward, at the last token, or the change of a reward model's score at every token.",
     )
     num_programs: int = Field(
         default=1000, ge=2, description="Programs of the training data that stage 1 rewards, right and wrong."
@@ -48,7 +49,7 @@ class PretrainSettings(Section):
     num_rollouts: int = Field(
         default=200,
         ge=0,
-        description="Programs sampled from the base and executed, beside those of the data.",
+        description="Programs sampled from the base and rewarded, beside the data's; none with column.",
     )
     rollout_temperature: float = Field(
         default=1.0, gt=0, description="Sampling temperature of these programs."
