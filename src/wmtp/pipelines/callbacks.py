@@ -15,12 +15,13 @@ from wmtp.components.trainer.callbacks import (
     CriticCallback,
     FiniteCallback,
     MetricsCallback,
+    PhaseCallback,
     ProgressCallback,
     SignalCallback,
     ValidationCallback,
 )
 from wmtp.components.trainer.callbacks.metrics import measure_peak_flops
-from wmtp.modeling import flops_per_token
+from wmtp.modeling import LateParameters, flops_per_token
 from wmtp.pipelines.critic import Critic, critic_measurement
 from wmtp.pipelines.data import PreparedData
 from wmtp.pipelines.environment import Environment, RunPaths
@@ -56,6 +57,7 @@ def build_callbacks(
     data: PreparedData,
     critic: Critic | None,
     context: TrainerContext,
+    late: LateParameters | None,
 ) -> RunCallbacks:
     """All callbacks of a training run. The order matters: a bad step is noticed before it is saved."""
     train, model = recipe.train, context.model
@@ -72,6 +74,8 @@ def build_callbacks(
         run_state={"mlflow_run_id": tracker.run_id, "recipe": recipe_params(recipe)},
     )
     callbacks: list[Callback] = [FiniteCallback(train), metrics, ProgressCallback(metrics, paths.name)]
+    if late is not None:
+        callbacks.insert(0, PhaseCallback(late))
     critic_callback = _critic_callback(recipe, environment, tracker, data, critic, context)
     if critic_callback is not None:
         callbacks.append(critic_callback)

@@ -9,6 +9,8 @@ from wmtp.components.tokenizer import HfTokenizer
 from wmtp.exceptions import CheckpointError
 from wmtp.factory import ComponentFactory
 from wmtp.modeling import MTPModel
+from wmtp.modeling.lora import check_same_base
+from wmtp.modeling.trainable import load_checkpoint_tensors
 from wmtp.pipelines.builtin_models import prepare_builtin_model
 from wmtp.pipelines.environment import Environment
 from wmtp.pipelines.models import load_base, load_tokenizer
@@ -66,9 +68,10 @@ def load_located(
         require_model(config, recipe, "base").path, config, dry_run=False, options=options
     )
     checkpoint = ComponentFactory.create_checkpoint_loader(config).run(located.path)
-    loaded = load_base(config, recipe, environment, base_path, trust_remote_code=trust)
+    loaded = load_base(config, recipe, environment, base_path, with_adapters=True, trust_remote_code=trust)
+    check_same_base(loaded.model, checkpoint.state.get("base"))
     try:
-        loaded.model.load_state_dict(checkpoint.tensors["model"])
+        load_checkpoint_tensors(loaded.model, checkpoint.tensors["model"])
     except RuntimeError as error:
         raise CheckpointError(
             f"{checkpoint.path} does not fit the base model of this recipe: {error}",

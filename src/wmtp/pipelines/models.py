@@ -7,14 +7,24 @@ from wmtp.components.tokenizer import HfTokenizer
 from wmtp.exceptions import UserInputError
 from wmtp.factory import ComponentFactory
 from wmtp.modeling import MTPModel
+from wmtp.modeling.lora import add_lora
 from wmtp.pipelines.environment import Environment
 from wmtp.settings import Config, Recipe
 
 
 def load_base(
-    config: Config, recipe: Recipe, environment: Environment, path: str, *, trust_remote_code: bool
+    config: Config,
+    recipe: Recipe,
+    environment: Environment,
+    path: str,
+    *,
+    with_adapters: bool = False,
+    trust_remote_code: bool,
 ) -> LoadedModel:
-    """The model to train, with the heads of `model.mtp`, on the run's device; fp32 parameters."""
+    """The model to train, with the heads of `model.mtp`, on the run's device; fp32 parameters.
+
+    `with_adapters` puts the LoRA adapters of `model.lora` on its trunk.
+    """
     loader = ComponentFactory.create_model_loader(config, recipe)
     mtp = recipe.model.mtp
     loaded = loader.run(
@@ -27,6 +37,16 @@ def load_base(
             trust_remote_code=trust_remote_code,
         )
     )
+    lora = recipe.model.lora
+    if with_adapters and lora is not None:
+        # Before the model moves: a trunk in four bits need never be on the device in full.
+        add_lora(
+            loaded.model,
+            **lora.model_dump(),
+            compute_dtype=environment.precision,
+            device=environment.device,
+            seed=recipe.train.seed,
+        )
     loaded.model.to(environment.device)
     return loaded
 

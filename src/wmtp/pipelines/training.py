@@ -17,7 +17,7 @@ from wmtp.components.trainer.callbacks.checkpointing import restore_training_sta
 from wmtp.evaluation import Task
 from wmtp.exceptions import TrainingInterruptedError
 from wmtp.factory import ComponentFactory
-from wmtp.modeling import MTPModel
+from wmtp.modeling import LateParameters, MTPModel, choose_trainable
 from wmtp.pipelines.builtin_models import prepare_builtin_model
 from wmtp.pipelines.callbacks import build_callbacks
 from wmtp.pipelines.critic import Critic, prepare_critic, untrained_critic
@@ -94,7 +94,9 @@ def run_training_pipeline(
 
         # 5. Optimizer, scorer, callbacks, trainer; the state of a resumed run.
         context = _build_trainer_context(config, recipe, environment, parts, critic)
-        callbacks = build_callbacks(recipe, environment, paths, tracker, parts.data, critic, context)
+        callbacks = build_callbacks(
+            recipe, environment, paths, tracker, parts.data, critic, context, parts.late
+        )
         context.callbacks = callbacks.all
         seed_everything(recipe.train.seed)
         if checkpoint is not None:
@@ -150,6 +152,7 @@ class RunParts:
     """The loaded models and data of a run; evaluation tasks too, so that bad input shows before training."""
 
     model: MTPModel
+    late: LateParameters | None
     tokenizer: HfTokenizer
     data: PreparedData
     tasks: dict[str, list[Task]]
@@ -164,7 +167,10 @@ def _build_parts(
     base_path = prepare_builtin_model(
         require_model(config, recipe, "base").path, config, dry_run=dry_run, options=options
     )
-    loaded = load_base(config, recipe, environment, base_path, trust_remote_code=trust)
+    loaded = load_base(config, recipe, environment, base_path, with_adapters=True, trust_remote_code=trust)
+    late = choose_trainable(
+        loaded.model, recipe.model.trainable, warmup_head_steps=recipe.model.warmup_head_steps
+    )
     tokenizer = load_tokenizer(config, recipe, base_path, trust_remote_code=trust)
     reference = None
     if recipe.train.algo == "rho1-wmtp":
@@ -176,7 +182,7 @@ def _build_parts(
         )
     data = prepare_data(config, recipe, tokenizer, loaded.metadata)
     tasks = evaluation_tasks(config, recipe)
-    return RunParts(loaded.model, tokenizer, data, tasks, reference, base_path)
+    return RunParts(loaded.model, late, tokenizer, data, tasks, reference, base_path)
 
 
 def _prepare_critic(
@@ -224,7 +230,7 @@ def _build_trainer_context(
             )
         )
     optimizer = ComponentFactory.create_optimizer(recipe, config).run(
-        OptimizerContext(modules, recipe.train.max_steps, learning_rates)
+        OptimizerContext(modules, recipe.train.max_steps, learning_rates, parts.late)
     )
     return TrainerContext(
         modules=modules,

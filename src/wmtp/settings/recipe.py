@@ -45,6 +45,7 @@ def _find_violations(recipe: Recipe) -> Iterator[Violation]:
     yield from _check_train(recipe)
     yield from _check_rewards(recipe)
     yield from _check_heads(recipe)
+    yield from _check_trainable(recipe)
     yield from _check_schedule(recipe)
 
 
@@ -94,7 +95,7 @@ def _check_rewards(recipe: Recipe) -> Iterator[Violation]:
 
 
 def _check_heads(recipe: Recipe) -> Iterator[Violation]:
-    """Horizon, offsets and length of a row; what is trained."""
+    """Horizon, offsets and length of a row."""
     mtp, max_length = recipe.model.mtp, recipe.data.train.max_length
     length_key = "data.train.max_length"
     if mtp.horizon >= max_length:
@@ -121,15 +122,49 @@ def _check_heads(recipe: Recipe) -> Iterator[Violation]:
                 f"lower the last offset, or raise {length_key}",
                 (length_key,),
             )
-    if (
-        recipe.model.trainable == "heads_then_all"
-        and not 0 < recipe.model.warmup_head_steps < recipe.train.max_steps
-    ):
+
+
+def _check_trainable(recipe: Recipe) -> Iterator[Violation]:
+    """What is trained exists, and nothing is asked of what is frozen."""
+    model, mtp = recipe.model, recipe.model.mtp
+    trainable_key, steps_key = "model.trainable", "model.warmup_head_steps"
+    if model.trainable != "all" and (mtp.horizon == 1 or mtp.adapter != "heads"):
+        is_short = mtp.horizon == 1
         yield Violation(
-            "model.warmup_head_steps",
+            trainable_key,
+            "needs heads that can learn, and "
+            + ("model.mtp.horizon is 1" if is_short else f"model.mtp.adapter is {mtp.adapter}"),
+            f"set {'model.mtp.horizon above 1' if is_short else 'model.mtp.adapter: heads'}, or "
+            f"{trainable_key}: all",
+            ("model.mtp.horizon", "model.mtp.adapter"),
+        )
+    if model.trainable == "heads_then_all" and not 0 < model.warmup_head_steps < recipe.train.max_steps:
+        yield Violation(
+            steps_key,
             f"must be above 0 and below train.max_steps ({recipe.train.max_steps}) with heads_then_all",
             "set how many steps train the heads alone",
-            ("model.trainable", "train.max_steps"),
+            (trainable_key, "train.max_steps"),
+        )
+    if model.trainable != "heads_then_all" and model.warmup_head_steps > 0:
+        yield Violation(
+            steps_key,
+            f"is not used with {trainable_key}: {model.trainable}",
+            f"remove it, or set {trainable_key}: heads_then_all",
+            (trainable_key,),
+        )
+    if model.trainable == "heads_only" and model.lora is not None:
+        yield Violation(
+            "model.lora",
+            f"puts adapters on the trunk, which learns nothing with {trainable_key}: heads_only",
+            f"remove it, or set {trainable_key}: all",
+            (trainable_key,),
+        )
+    if model.trainable == "heads_only" and recipe.critic.value_loss_into_trunk:
+        yield Violation(
+            "critic.value_loss_into_trunk",
+            f"has nothing to move: the trunk is frozen with {trainable_key}: heads_only",
+            f"set it to false, or {trainable_key}: all",
+            (trainable_key,),
         )
 
 

@@ -48,7 +48,10 @@ class LoraSettings(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout probability before the adapter.")
     target_modules: Annotated[list[Text], Field(min_length=1)] | None = Field(
         default=None,
-        description="Names of the adapted modules; null takes peft's choice for the architecture.",
+        description="Names of the adapted linear modules; null takes peft's choice for the architecture.",
+    )
+    quantization: Literal["none", "nf4"] = Field(
+        default="none", description="Hold the trunk's matrices in 4 bits (QLoRA), through bitsandbytes."
     )
 
 
@@ -70,5 +73,6 @@ class ModelSettings(Section):
         default=0, ge=0, description="Optimizer steps of heads_then_all in which only the heads learn."
     )
     lora: LoraSettings | None = Field(
-        default=None, description="Low-rank adapters on the trunk; null trains it whole."
+        default=None,
+        description="Low-rank adapters on the trunk; the heads learn in full. null trains the trunk whole.",
     )

@@ -5,6 +5,7 @@ from wmtp.components.trainer.callbacks.calibration import CriticCallback
 from wmtp.components.trainer.callbacks.checkpointing import CheckpointCallback
 from wmtp.components.trainer.callbacks.finite import FiniteCallback
 from wmtp.components.trainer.callbacks.metrics import MetricsCallback
+from wmtp.components.trainer.callbacks.phases import PhaseCallback
 from wmtp.components.trainer.callbacks.progress import ProgressCallback
 from wmtp.components.trainer.callbacks.signals import SignalCallback
 from wmtp.components.trainer.callbacks.validation import ValidationCallback
@@ -15,6 +16,7 @@ __all__ = [
     "CriticCallback",
     "FiniteCallback",
     "MetricsCallback",
+    "PhaseCallback",
     "ProgressCallback",
     "SignalCallback",
     "ValidationCallback",

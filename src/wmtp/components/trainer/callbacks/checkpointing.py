@@ -13,6 +13,8 @@ from wmtp.distributed.checkpoint import save_checkpoint
 from wmtp.distributed.checkpoint_optimizer import flatten_optimizer_state, restore_optimizer_state
 from wmtp.distributed.checkpoint_rng import capture_rng_state, restore_rng_state
 from wmtp.exceptions import CheckpointError
+from wmtp.modeling.lora import check_same_base
+from wmtp.modeling.trainable import checkpoint_tensors, load_checkpoint_tensors
 
 if TYPE_CHECKING:
     from wmtp.components.trainer.base import TrainerContext, TrainingRun
@@ -61,7 +63,7 @@ class CheckpointCallback(Callback):
             context.optimizer.optimizer, _named_parameters(context.modules)
         )
         tensors: dict[str, dict[str, Tensor]] = {
-            **{name: dict(module.state_dict()) for name, module in context.modules.items()},
+            **{name: checkpoint_tensors(module) for name, module in context.modules.items()},
             "optimizer": moments,
             "rng": capture_rng_state(),
         }
@@ -71,6 +73,8 @@ class CheckpointCallback(Callback):
             "epoch": context.data.plan.locate(run.step * run.micro_batches_per_step)[0],
             "training": run.state_dict(),
             "optimizer": optimizer_state,
+            # With LoRA the frozen tensors are left out: this says whose they are.
+            "base": None if context.model.lora is None else context.model.lora.base,
         }
         self.latest = save_checkpoint(
             self.run_dir, run.step, tensors=tensors, state=state, keep_last=self.keep_last
@@ -85,7 +89,9 @@ def restore_training_state(
 
     Raises:
         CheckpointError: the checkpoint is of a run with other modules or other shapes.
+        ModelLoadError: its LoRA adapters were trained on another base model.
     """
+    check_same_base(context.model, state.get("base"))
     for name, module in context.modules.items():
         if name not in tensors:
             raise CheckpointError(
@@ -93,7 +99,7 @@ def restore_training_state(
                 remedy="resume with the recipe the run was started with",
             )
         try:
-            module.load_state_dict(tensors[name])
+            load_checkpoint_tensors(module, tensors[name])
         except RuntimeError as error:
             raise CheckpointError(
                 f"the checkpoint's {name!r} does not fit this recipe: {error}",
