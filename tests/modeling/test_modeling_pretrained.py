@@ -139,7 +139,7 @@ def test_a_file_instead_of_a_directory_is_named(plain: Path) -> None:
 
 def test_a_directory_without_config_says_what_it_holds(plain: Path) -> None:
     (plain / "config.json").unlink()
-    with pytest.raises(ModelLoadError, match=r"no config.json \(it holds: .*model.safetensors"):
+    with pytest.raises(ModelLoadError, match=r"no model that is known here \(it holds: .*model.safetensors"):
         MTPModel.from_pretrained(plain)
 
 
@@ -190,7 +190,9 @@ def test_a_missing_tensor_of_the_base_is_an_error_and_not_a_random_tensor(plain:
     state = load_file(plain / "model.safetensors")
     del state["model.layers.1.mlp.up_proj.weight"]
     save_file(state, plain / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelLoadError, match=r"lack model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        ModelLoadError, match=r"model\.safetensors lacks the tensor 'model\.layers\.1\.mlp\.up_proj\.weight'"
+    ):
         MTPModel.from_pretrained(plain)
 
 
@@ -198,7 +200,10 @@ def test_a_misshapen_tensor_of_the_base_is_an_error(plain: Path) -> None:
     state = load_file(plain / "model.safetensors")
     state["model.norm.weight"] = torch.ones(33)
     save_file(state, plain / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelLoadError, match="cannot be loaded as a causal language model"):
+    with pytest.raises(
+        ModelLoadError,
+        match=r"model\.safetensors: tensor 'model\.norm\.weight' has shape \[33\], .* needs \[32\]",
+    ):
         MTPModel.from_pretrained(plain)
 
 

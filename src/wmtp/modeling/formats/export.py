@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from wmtp.exceptions import ModelLoadError, UserInputError
-from wmtp.modeling.formats.sources import HEADS_FILE, WMTP_FILE, ModelFiles, read_json
-from wmtp.modeling.formats.tensors import tensor_shapes
+from wmtp.modeling.formats.sources import HEADS_FILE, WMTP_FILE, ModelSource, read_source_json
+from wmtp.modeling.formats.tensors import open_tensors
 from wmtp.modeling.heads import HEAD_FORMS, SavedHeads, check_offsets
 from wmtp.modeling.lora import plain_state_dict
 
@@ -132,23 +131,21 @@ def convert_dtype(model: MTPModel, dtype: torch.dtype) -> None:
     model.to(dtype)
 
 
-def read_export_metadata(files: ModelFiles) -> dict[str, Any]:
+def read_export_metadata(source: ModelSource) -> dict[str, Any]:
     """Return what `wmtp.json` says of how the model was made; empty where there is no such file."""
-    file = files.find(WMTP_FILE)
-    metadata = {} if file is None else read_json(file).get("metadata")
+    metadata = read_source_json(source, WMTP_FILE).get("metadata") if WMTP_FILE in source.names() else {}
     return metadata if isinstance(metadata, dict) else {}
 
 
-def read_saved_heads(files: ModelFiles) -> SavedHeads:
+def read_saved_heads(source: ModelSource) -> SavedHeads:
     """Return the heads that `wmtp.json` describes; one ordinary head where there is no such file.
 
     Raises:
         ModelLoadError: the description cannot be understood.
     """
-    file = files.find(WMTP_FILE)
-    if file is None:
+    if WMTP_FILE not in source.names():
         return SavedHeads()
-    description = read_json(file)
+    description = read_source_json(source, WMTP_FILE)
     version, horizon, form, offsets = (
         description.get(key) for key in ("format_version", "horizon", "head", "offsets")
     )
@@ -160,32 +157,41 @@ def read_saved_heads(files: ModelFiles) -> SavedHeads:
     except (UserInputError, TypeError):
         pass
     raise ModelLoadError(
-        f"{file} describes heads this version cannot read: format_version={version!r}, horizon={horizon!r}, "
-        f"head={form!r}, offsets={offsets!r}",
+        f"{source}/{WMTP_FILE} describes heads this version cannot read: "
+        f"format_version={version!r}, horizon={horizon!r}, head={form!r}, offsets={offsets!r}",
         remedy="use a newer version of wmtp, or export the model again",
     )
 
 
 def saved_head_tensors(
-    files: ModelFiles, saved: SavedHeads
+    source: ModelSource, saved: SavedHeads
 ) -> tuple[Callable[[int], dict[str, Tensor]], str]:
     """Return a function that reads the state dict of head h, and the file it reads.
 
     Raises:
-        ModelLoadError: the checkpoint has learned heads by its description, and no file of them.
+        ModelLoadError: the checkpoint has learned heads by its description, and no file or no tensors of
+            them.
     """
-    file = files.find(HEADS_FILE)
-    if file is None and len(saved.offsets) > 1:
+    file = f"{source}/{HEADS_FILE}"
+    if HEADS_FILE not in source.names() and len(saved.offsets) > 1:
         raise ModelLoadError(
-            f"{files} has {WMTP_FILE} but no {HEADS_FILE}",
+            f"{source} has {WMTP_FILE} but no {HEADS_FILE}",
             remedy="copy the whole export; the heads are missing",
         )
+    tensors = open_tensors(source, HEADS_FILE) if len(saved.offsets) > 1 else {}
+    # Before anything of the size that the description claims is built.
+    described = {".".join(name.split(".")[:2]) for name in tensors}
+    for head in range(1, len(saved.offsets)):
+        if saved.form != "teacher_forcing" and f"heads.{head}" not in described:
+            raise ModelLoadError(
+                f"{file} has no tensor of head {head}, and {WMTP_FILE} says that there are "
+                f"{len(saved.offsets)} heads",
+                remedy="copy the whole export; the files are of different models",
+            )
 
     def read(head: int) -> dict[str, Tensor]:
-        assert file is not None
         prefix = f"heads.{head}."
-        names = [name for name in tensor_shapes(file) if name.startswith(prefix)]
-        with safe_open(file, framework="pt") as reader:
-            return {name.removeprefix(prefix): reader.get_tensor(name) for name in names}
+        names = [name for name in tensors if name.startswith(prefix)]
+        return {name.removeprefix(prefix): tensors[name] for name in names}
 
-    return read, str(file)
+    return read, file

@@ -7,11 +7,16 @@ from enum import StrEnum
 from typing import Final
 
 from wmtp.exceptions import ModelLoadError
-from wmtp.modeling.formats.sources import CONFIG_FILE, WMTP_FILE, ModelSource, read_source_json
+from wmtp.modeling.formats.sources import (
+    CONFIG_FILE,
+    TORCH_SUFFIXES,
+    WMTP_FILE,
+    ModelSource,
+    read_source_json,
+)
 from wmtp.modeling.formats.tensors import (
     INDEX_FILES,
     SINGLE_FILES,
-    TORCH_SUFFIXES,
     open_tensors,
     read_shard_index,
 )
@@ -36,9 +41,9 @@ class ModelKind(StrEnum):
     SEQUENCE_CLASSIFICATION = "sequence_classification"
 
     @property
-    def title(self) -> str:
+    def description(self) -> str:
         """What messages call it."""
-        return _TITLES[self]
+        return _DESCRIPTIONS[self]
 
 
 CAUSAL_KINDS: Final = frozenset(
@@ -46,7 +51,7 @@ CAUSAL_KINDS: Final = frozenset(
 )
 REWARD_KINDS: Final = frozenset({ModelKind.STARLING_REWARD, ModelKind.SEQUENCE_CLASSIFICATION})
 
-_TITLES = {
+_DESCRIPTIONS = {
     ModelKind.HUGGING_FACE: "a Hugging Face model",
     ModelKind.META_NATIVE: "a native model of Meta's",
     ModelKind.WMTP_EXPORT: "an export of this program",
@@ -85,7 +90,7 @@ def detect_kind(source: ModelSource) -> ModelKind:
     if len(found) == 1:
         return found[0]
     if found:
-        both = " and ".join(f"{kind.title} ({_NEEDS[kind]})" for kind in found)
+        both = " and ".join(f"{kind.description} ({_NEEDS[kind]})" for kind in found)
         raise ModelLoadError(
             f"{source} holds two models: {both}; its files are {_shown(sorted(names))}",
             remedy="give each model a folder of its own",
@@ -102,7 +107,7 @@ def detect_causal_lm(source: ModelSource) -> ModelKind:
     kind = detect_kind(source)
     if kind not in CAUSAL_KINDS:
         raise ModelLoadError(
-            f"{source} is {kind.title}, not a causal language model",
+            f"{source} is {kind.description}, not a causal language model",
             remedy="give a language model here; reward models go to paths.models.rm",
         )
     return kind
@@ -117,7 +122,7 @@ def detect_reward_model(source: ModelSource) -> ModelKind:
     kind = detect_kind(source)
     if kind not in REWARD_KINDS:
         raise ModelLoadError(
-            f"{source} is {kind.title}, not a reward model",
+            f"{source} is {kind.description}, not a reward model",
             remedy=f"a reward model has {_NEEDS[ModelKind.STARLING_REWARD]}, or is of the architecture "
             "...ForSequenceClassification with one label",
         )
@@ -139,6 +144,12 @@ def native_weights(source: ModelSource) -> str:
     return files[0]
 
 
+def lone_torch_file(names: frozenset[str]) -> str | None:
+    """Return the one torch file of a folder that can be a model; None where there are none or several."""
+    files = [name for name in names if name.endswith(TORCH_SUFFIXES) and name not in _NOT_WEIGHTS]
+    return files[0] if len(files) == 1 else None
+
+
 def _kind_by_config(source: ModelSource, names: frozenset[str]) -> ModelKind:
     if WMTP_FILE in names:
         return ModelKind.WMTP_EXPORT
@@ -153,19 +164,14 @@ def _has_starling_head(source: ModelSource, names: frozenset[str]) -> bool:
         return STARLING_HEAD in read_shard_index(source, INDEX_FILES[1])
     if any(name.endswith(".safetensors") for name in names):
         return False
-    file = _lone_torch_file(names)
+    file = lone_torch_file(names)
     return file is not None and STARLING_HEAD in open_tensors(source, file)
-
-
-def _lone_torch_file(names: frozenset[str]) -> str | None:
-    files = [name for name in names if name.endswith(TORCH_SUFFIXES) and name not in _NOT_WEIGHTS]
-    return files[0] if len(files) == 1 else None
 
 
 def _nothing_found(source: ModelSource, names: frozenset[str]) -> ModelLoadError:
     folders = source.subfolders()
     listed = [*sorted(names), *(f"{folder}/" for folder in folders)]
-    needs = "".join(f"\n  {kind.title} needs {_NEEDS[kind]}" for kind in ModelKind)
+    needs = "".join(f"\n  {kind.description} needs {_NEEDS[kind]}" for kind in ModelKind)
     remedy = "give a model's directory, or a hub id"
     if folders:
         remedy += f"; or did you mean one of its folders ({_shown(folders)})?"

@@ -9,7 +9,6 @@ Shapes: D hidden size.
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from wmtp.exceptions import ModelLoadError
-from wmtp.modeling.formats.sources import CONFIG_FILE, ModelFiles, read_safe_config
+from wmtp.modeling.formats.hugging_face import build_config, read_safe_config
+from wmtp.modeling.formats.kinds import ModelKind, detect_reward_model, lone_torch_file
+from wmtp.modeling.formats.sources import CONFIG_FILE, LocalSource, ModelSource, locate_source
+from wmtp.modeling.formats.tensors import open_tensors, open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -300,52 +300,26 @@ def _load_decoder(
 
 
 def read_reward_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool) -> RewardParts:
-    """Find out which layout lies at `path` and read it; errors as for the readers above."""
-    directory = Path(path).expanduser()
-    if not directory.is_dir():
-        raise ModelLoadError(
-            f"reward model directory {path} does not exist", remedy="give an existing directory"
-        )
-    config = _read_config(directory, trust_remote_code=trust_remote_code)
-    tensors = _read_tensors(directory)
-    architectures = [] if config is None else config.architectures or []
-    if config is not None and any(name.endswith("ForSequenceClassification") for name in architectures):
+    """Find out which layout lies at `path`, a folder, a file or a hub id, and read it; errors as above."""
+    source = locate_source(path)
+    kind = detect_reward_model(source)
+    config = _read_config(source, trust_remote_code=trust_remote_code)
+    if kind is ModelKind.SEQUENCE_CLASSIFICATION:
+        assert config is not None
+        tensors = open_weights(source)
         return read_sequence_classifier(
-            directory, config, tensors, dtype=dtype, trust_remote_code=trust_remote_code
+            source, config, tensors, dtype=dtype, trust_remote_code=trust_remote_code
         )
-    return read_starling(directory, config, tensors, dtype=dtype)
-
-
-def _read_config(directory: Path, *, trust_remote_code: bool) -> PreTrainedConfig | None:
-    if not (directory / CONFIG_FILE).is_file():
-        return None
-    if not trust_remote_code:
-        read_safe_config(ModelFiles(str(directory)))
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelLoadError(
-            f"{directory / CONFIG_FILE} cannot be used: {error}", remedy="fetch it again"
-        ) from error
-    return config
-
-
-def _read_tensors(directory: Path) -> dict[str, Tensor]:
-    """The tensors of every weight file of a directory, mapped and not yet read."""
-    tensors: dict[str, Tensor] = {}
-    files = sorted(directory.glob("*.safetensors")) or sorted(
-        file for suffix in ("pt", "pth", "bin") for file in directory.glob(f"*.{suffix}")
+    file = lone_torch_file(source.names())
+    return read_starling(
+        source, config, open_weights(source) if file is None else open_tensors(source, file), dtype=dtype
     )
-    if not files:
-        raise ModelLoadError(f"{directory} has no weights", remedy="copy the whole model directory again")
-    for file in files:
-        try:
-            found = (
-                load_file(file)
-                if file.suffix == ".safetensors"
-                else torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            )
-        except (OSError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
-            raise ModelLoadError(f"{file} cannot be read: {error}", remedy="fetch it again") from error
-        tensors |= found
-    return tensors
+
+
+def _read_config(source: ModelSource, *, trust_remote_code: bool) -> PreTrainedConfig | None:
+    if CONFIG_FILE not in source.names():
+        return None
+    if trust_remote_code and isinstance(source, LocalSource):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source.directory, trust_remote_code=True)
+        return config
+    return build_config(read_safe_config(source), f"{source}/{CONFIG_FILE}")

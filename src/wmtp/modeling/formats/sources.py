@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.json"
 HEADS_FILE = "mtp_heads.safetensors"
 WMTP_FILE = "wmtp.json"
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*(/[\w-][\w.-]*)?)(:(?P<subfolder>[\w./-]+))?")
 # Far above what any model's description needs, and little enough to read at once.
 _MAX_JSON_BYTES = 64 * 2**20
@@ -193,6 +194,8 @@ def locate_source(path: str | Path) -> ModelSource:
     text = str(path)
     local = Path(text).expanduser()
     if local.is_file():
+        if local.suffix not in TORCH_SUFFIXES:
+            raise ModelLoadError(f"{text} is a file, not a model directory", remedy="give its directory")
         return LocalSource(local.parent, local.name)
     if local.is_dir():
         return LocalSource(local)
@@ -371,10 +374,6 @@ _CODE_KEYS: dict[str, tuple[Any, ...]] = {
 }
 
 
-_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-
-
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
     """A model directory, or a repository of the hub with an optional subfolder."""
@@ -386,6 +385,22 @@ class ModelFiles:
     def directory(self) -> Path | None:
         """The local directory; None for the hub."""
         return Path(self.source) if Path(self.source).is_dir() else None
+
+    def names(self) -> frozenset[str]:
+        """Names of the files in the folder."""
+        return LocalSource(Path(self.source)).names()
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a file of the folder."""
+        return LocalSource(Path(self.source)).open(name)
+
+    def parent(self) -> ModelSource | None:
+        """The folder above."""
+        return LocalSource(Path(self.source)).parent()
+
+    def subfolders(self) -> list[str]:
+        """Folders in the folder."""
+        return LocalSource(Path(self.source)).subfolders()
 
     def find(self, name: str) -> Path | None:
         """Return the path of a file, downloaded if it is on the hub, or None if there is none.
@@ -410,33 +425,6 @@ class ModelFiles:
 
     def __str__(self) -> str:
         return f"{self.source}:{self.subfolder}" if self.subfolder else self.source
-
-
-def locate_model(path: str | Path) -> ModelFiles:
-    """Tell a directory from a hub id.
-
-    Raises:
-        ModelLoadError: it is neither, or the directory has no config.json.
-    """
-    text = str(path)
-    local = Path(text).expanduser()
-    if local.is_file():
-        raise ModelLoadError(f"{text} is a file, not a model directory", remedy="give its directory")
-    if local.is_dir():
-        if not (local / CONFIG_FILE).is_file():
-            names = ", ".join(sorted(entry.name for entry in local.iterdir())[:8]) or "nothing"
-            raise ModelLoadError(
-                f"{local} has no {CONFIG_FILE} (it holds: {names})",
-                remedy="give a directory written by save_pretrained, or a hub id",
-            )
-        return ModelFiles(str(local))
-    match = None if isinstance(path, Path) else _HUB_ID.fullmatch(text)
-    if match is None:
-        raise ModelLoadError(
-            f"model directory {text} does not exist",
-            remedy="give an existing directory, or a hub id such as org/name or org/name:subfolder",
-        )
-    return ModelFiles(match["repo"], match["subfolder"] or "")
 
 
 def read_safe_config(files: ModelFiles) -> dict[str, Any]:
@@ -469,49 +457,6 @@ def read_safe_config(files: ModelFiles) -> dict[str, Any]:
             remedy="merge the adapter into its base model and save that",
         )
     return dict(config)
-
-
-def check_weight_files(files: ModelFiles) -> None:
-    """Check that the weights are there and their safetensors headers readable; hub repositories are left to
-    the hub.
-
-    Raises:
-        ModelLoadError: with the name of the file.
-    """
-    directory = files.directory
-    if directory is None:
-        return
-    weights = list(_weight_files(directory))
-    for file in weights:
-        if not file.is_file():
-            raise ModelLoadError(f"{file} is missing", remedy="copy the whole model directory again")
-        if file.suffix == ".safetensors":
-            from wmtp.modeling.formats.tensors import tensor_shapes
-
-            tensor_shapes(file)
-    if not weights:
-        raise ModelLoadError(
-            f"{directory} has no weights ({', '.join(_SINGLE_FILES)}, or an index of shards)",
-            remedy="copy the whole model directory again",
-        )
-
-
-def _weight_files(directory: Path) -> Iterator[Path]:
-    for single, index in zip(_SINGLE_FILES, _INDEX_FILES, strict=True):
-        if (directory / single).is_file():
-            yield directory / single
-            return
-        if (directory / index).is_file():
-            weight_map = read_json(directory / index).get("weight_map", {})
-            for name in sorted(set(weight_map.values())):
-                # A shard index is data from outside: an entry such as ../../x must not leave the folder.
-                if Path(name).name != name:
-                    raise ModelLoadError(
-                        f"{directory / index} names the shard {name!r}, which is not a plain file name",
-                        remedy="do not use this model; its index points outside its folder",
-                    )
-                yield directory / name
-            return
 
 
 def _walk(value: Any) -> Iterator[tuple[str, Any]]:

@@ -22,9 +22,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wmtp.exceptions import ModelLoadError
-from wmtp.modeling.formats.sources import ModelSource, check_plain_name, read_source_json
+from wmtp.modeling.formats.sources import (
+    TORCH_SUFFIXES,
+    ModelSource,
+    check_plain_name,
+    read_source_json,
+)
 
-TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 # In the order of `SINGLE_FILES`: the index of the shards of each.
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -54,14 +58,15 @@ _FETCH_AGAIN = "the file is damaged; fetch or save it again"
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor that is still in its file; `stored[...]` reads it, as with the slices of safetensors.
+    """A tensor that is still in its file; `stored[...]` reads a copy, as with the slices of safetensors.
 
     Attributes:
         name: its name in the file.
         file: the file, for messages.
         shape: as the file says.
         dtype: as the file says.
-        read: reads it; the result shares no memory with the file.
+        read: gives it. It may share memory with the file: what is kept has to be copied, or it would change
+            when the file is written anew.
     """
 
     name: str
@@ -71,11 +76,14 @@ class StoredTensor:
     read: Callable[[], Tensor]
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.read()[index]
+        return self.read()[index].clone()
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of one or several files by name; each is read when it is asked for, and not kept."""
+    """The tensors of one or several files by name; each is read when it is asked for, and not kept.
+
+    A tensor may share memory with its file, see `StoredTensor.read`.
+    """
 
     def __init__(self, stored: Iterable[StoredTensor]) -> None:
         self._stored = {tensor.name: tensor for tensor in stored}
@@ -125,7 +133,12 @@ def open_tensors(source: ModelSource, name: str) -> StoredTensors:
     """
     if name.endswith(".safetensors"):
         return StoredTensors(_open_safetensors(source, name))
-    return StoredTensors(_open_torch(source, name))
+    if name.endswith(TORCH_SUFFIXES):
+        return StoredTensors(_open_torch(source, name))
+    raise ModelLoadError(
+        f"{source}/{name} is no file of tensors by its ending",
+        remedy=f"the endings are .safetensors {' '.join(TORCH_SUFFIXES)}",
+    )
 
 
 def read_shard_index(source: ModelSource, name: str) -> dict[str, str]:
@@ -234,19 +247,18 @@ def _open_safetensors(source: ModelSource, name: str) -> list[StoredTensor]:
 
 def _map_safetensors(path: Path) -> list[StoredTensor]:
     try:
-        reader = safe_open(path, framework="pt")
+        reader: Any = safe_open(path, framework="pt")
         slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise _unreadable(str(path), "safetensors", error) from error
 
     def stored(name: str, piece: Any) -> StoredTensor:
-        # Cloned, because the file stays mapped: whoever writes it anew would change the model.
         return StoredTensor(
             name,
             str(path),
             tuple(piece.get_shape()),
             _dtype(str(path), name, piece.get_dtype()),
-            lambda: reader.get_tensor(name).clone(),
+            lambda: reader.get_tensor(name),
         )
 
     return [stored(name, piece) for name, piece in slices.items()]
@@ -342,7 +354,7 @@ def _stored_in_torch(file: str, name: object, value: object) -> StoredTensor:
     if not is_plain or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
         problem = f"tensor {name!r} {list(tensor.shape)} is not stored as plain numbers of this many"
         raise _unreadable(file, "torch", problem)
-    return StoredTensor(name, file, tuple(tensor.shape), tensor.dtype, tensor.clone)
+    return StoredTensor(name, file, tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def _check_zip(file: str, stream: BinaryIO) -> bool:
