@@ -79,16 +79,21 @@ class ComponentFactory:
 
     @staticmethod
     def create_tokenizer(
-        recipe: Recipe, config: Config, *, path: str, trust_remote_code: bool = False
+        recipe: Recipe,
+        config: Config,
+        *,
+        path: str,
+        type: str | None = None,
+        trust_remote_code: bool = False,
     ) -> HfTokenizer:
-        """The tokenizer of the recipe's type, read from `path`."""
+        """The tokenizer of a type, the recipe's where none is given, read from `path`."""
         settings = TokenizerSettings(
             path=path,
             max_length=recipe.data.train.max_length,
             train_on_prompt=recipe.data.train.train_on_prompt,
             trust_remote_code=trust_remote_code,
         )
-        tokenizer: HfTokenizer = tokenizer_registry.create(recipe.model.tokenizer.type, settings)
+        tokenizer: HfTokenizer = tokenizer_registry.create(type or recipe.model.tokenizer.type, settings)
         return tokenizer
 
     @staticmethod

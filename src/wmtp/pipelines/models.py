@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 from wmtp.components.loader import LoadedModel, ModelLoaderContext
 from wmtp.components.tokenizer import HfTokenizer
-from wmtp.exceptions import UserInputError
+from wmtp.components.tokenizer.pairs import TokenizerPair, compare_tokenizers, require_rows
 from wmtp.factory import ComponentFactory
 from wmtp.modeling import MTPModel
 from wmtp.modeling.lora import add_lora
 from wmtp.pipelines.environment import Environment
 from wmtp.settings import Config, Recipe
+
+logger = logging.getLogger(__name__)
 
 
 def load_base(
@@ -57,6 +61,13 @@ def load_tokenizer(config: Config, recipe: Recipe, base_path: str, *, trust_remo
     return ComponentFactory.create_tokenizer(recipe, config, path=path, trust_remote_code=trust_remote_code)
 
 
+def load_own_tokenizer(config: Config, recipe: Recipe, path: str, *, trust_remote_code: bool) -> HfTokenizer:
+    """The tokenizer beside a further model, whatever kind the base's is."""
+    return ComponentFactory.create_tokenizer(
+        recipe, config, path=path, type="hf", trust_remote_code=trust_remote_code
+    )
+
+
 def load_reference(
     config: Config,
     recipe: Recipe,
@@ -65,34 +76,32 @@ def load_reference(
     tokenizer: HfTokenizer,
     *,
     trust_remote_code: bool,
-) -> MTPModel:
-    """The frozen reference model of `rho1-wmtp`, in the run's precision.
+) -> tuple[MTPModel, TokenizerPair]:
+    """The frozen reference model of `rho1-wmtp`, in the run's precision, and how it reads the base's text.
 
     Raises:
-        UserInputError: its tokenizer gives other tokens than the base's, so losses cannot be compared.
+        UserInputError: its tokenizer is another one, and texts cannot be aligned between the two.
     """
-    reference_tokenizer = ComponentFactory.create_tokenizer(
-        recipe, config, path=path, trust_remote_code=trust_remote_code
-    )
-    same_vocabulary(tokenizer, reference_tokenizer)
+    reference_tokenizer = load_own_tokenizer(config, recipe, path, trust_remote_code=trust_remote_code)
     loader = ComponentFactory.create_model_loader(config, recipe)
     context = ModelLoaderContext(
         path, horizon=1, dtype=environment.precision, trust_remote_code=trust_remote_code
     )
     reference = loader.run(context).model.to(environment.device)
-    return reference.requires_grad_(False).eval()
+    pair = compare_tokenizers(tokenizer, reference_tokenizer, num_rows=_num_rows(reference))
+    if pair.relation != "same":
+        logger.warning("the reference's tokenizer is %s", pair.describe())
+    return reference.requires_grad_(False).eval(), pair
 
 
-def same_vocabulary(base: HfTokenizer, reference: HfTokenizer) -> None:
-    """Check that two tokenizers give the same tokens, so that losses on them can be compared.
+def check_vocabulary(tokenizer: HfTokenizer, model: MTPModel) -> None:
+    """Check that the model knows every token of the tokenizer.
 
     Raises:
-        UserInputError: they differ; the message names both.
+        UserInputError: with the first token that has no row in the embedding.
     """
-    if base.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
-        raise UserInputError(
-            "the base's and the reference's tokenizers differ, so their losses are about different tokens: "
-            f"{base.tokenizer.name_or_path!r} ({len(base.tokenizer)} tokens) and "
-            f"{reference.tokenizer.name_or_path!r} ({len(reference.tokenizer)} tokens)",
-            remedy="choose a reference of the same family (model.ref_id)",
-        )
+    require_rows(tokenizer, _num_rows(model))
+
+
+def _num_rows(model: MTPModel) -> int:
+    return int(model.unembedding_VD.shape[0])

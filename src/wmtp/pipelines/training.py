@@ -12,6 +12,7 @@ from wmtp.components.loader import LoadedCheckpoint
 from wmtp.components.optimizer import OptimizerContext
 from wmtp.components.scorer import ScorerSetup
 from wmtp.components.tokenizer import HfTokenizer
+from wmtp.components.tokenizer.pairs import TokenizerPair
 from wmtp.components.trainer import TrainerContext
 from wmtp.components.trainer.callbacks.checkpointing import restore_training_state
 from wmtp.evaluation import Task
@@ -33,7 +34,7 @@ from wmtp.pipelines.environment import (
 )
 from wmtp.pipelines.evaluation import evaluate_model
 from wmtp.pipelines.export import export_model
-from wmtp.pipelines.models import load_base, load_reference, load_tokenizer
+from wmtp.pipelines.models import check_vocabulary, load_base, load_reference, load_tokenizer
 from wmtp.pipelines.outputs import RunOptions, RunOutputs
 from wmtp.pipelines.report import report_training, write_settings
 from wmtp.pipelines.resume import load_resume_checkpoint, refuse_existing_run
@@ -157,6 +158,7 @@ class RunParts:
     data: PreparedData
     tasks: dict[str, list[Task]]
     reference: MTPModel | None
+    reference_tokens: TokenizerPair | None
     base_path: str
 
 
@@ -172,17 +174,20 @@ def _build_parts(
         loaded.model, recipe.model.trainable, warmup_head_steps=recipe.model.warmup_head_steps
     )
     tokenizer = load_tokenizer(config, recipe, base_path, trust_remote_code=trust)
-    reference = None
+    check_vocabulary(tokenizer, loaded.model)
+    reference, reference_tokens = None, None
     if recipe.train.algo == "rho1-wmtp":
         reference_path = prepare_builtin_model(
             require_model(config, recipe, "ref").path, config, dry_run=dry_run, options=options
         )
-        reference = load_reference(
+        reference, reference_tokens = load_reference(
             config, recipe, environment, reference_path, tokenizer, trust_remote_code=trust
         )
     data = prepare_data(config, recipe, tokenizer, loaded.metadata)
+    if reference_tokens is not None:
+        reference_tokens.require_shared(data.features)
     tasks = evaluation_tasks(config, recipe)
-    return RunParts(loaded.model, late, tokenizer, data, tasks, reference, base_path)
+    return RunParts(loaded.model, late, tokenizer, data, tasks, reference, reference_tokens, base_path)
 
 
 def _prepare_critic(
@@ -225,6 +230,7 @@ def _build_trainer_context(
             ScorerSetup(
                 model=parts.model,
                 reference=parts.reference,
+                tokenizers=parts.reference_tokens,
                 value_head=None if critic is None else critic.value_head,
                 seed=recipe.train.seed,
             )

@@ -10,6 +10,7 @@ from torch import nn
 from wmtp.components.data.formats import Split
 from wmtp.components.loader import MICRO_BASE, MICRO_LLAMA, MICRO_REFERENCE
 from wmtp.components.tokenizer import HfTokenizer
+from wmtp.components.tokenizer.pairs import compare_tokenizers
 from wmtp.exceptions import UserInputError, WmtpError
 from wmtp.execution import check_sandbox
 from wmtp.factory import ComponentFactory
@@ -23,7 +24,7 @@ from wmtp.pipelines.meta_models import (
     describe_causal_lm,
     describe_reward_model,
 )
-from wmtp.pipelines.models import load_tokenizer, same_vocabulary
+from wmtp.pipelines.models import load_own_tokenizer, load_tokenizer
 from wmtp.pipelines.outputs import RunOptions
 from wmtp.settings import (
     Config,
@@ -121,10 +122,11 @@ def _check_model(described: _Described, role: ModelRole, recipe: Recipe) -> list
             raise UserInputError(
                 f"{title} {where}: {described.problem.message}", remedy=described.problem.remedy
             )
-        return [Finding(title, f"{where}, which this recipe does not use: {described.problem}", is_ok=False)]
+        about = f"not used by this recipe, and cannot be described: {described.problem}"
+        return [Finding(title, where), Finding(f"{title} kind", about, is_ok=False)]
     assert described.model is not None
-    unused = "" if _is_used(role, recipe) else ", not used by this recipe"
-    return [Finding(title, f"{where}{unused}: {described.model.describe()}")]
+    unused = "" if _is_used(role, recipe) else "not used by this recipe; "
+    return [Finding(title, where), Finding(f"{title} kind", unused + described.model.describe())]
 
 
 def _is_used(role: ModelRole, recipe: Recipe) -> bool:
@@ -225,8 +227,8 @@ def _check_tokenizers(config: Config, recipe: Recipe, options: RunOptions) -> li
     if recipe.train.algo == "rho1-wmtp":
         reference = _tokenizer_of(config, recipe, "ref", options)
         if reference is not None:
-            same_vocabulary(base, reference)
-            findings.append(Finding("reference tokenizer", "the same as the base's"))
+            pair = compare_tokenizers(base, reference)
+            findings.append(Finding("reference tokenizer", pair.describe()))
     return findings
 
 
@@ -238,7 +240,7 @@ def _tokenizer_of(config: Config, recipe: Recipe, role: ModelRole, options: RunO
     path = _SHAPE_OF.get(choice.path, choice.path)
     if role == "base":
         return load_tokenizer(config, recipe, path, trust_remote_code=trust)
-    return ComponentFactory.create_tokenizer(recipe, config, path=path, trust_remote_code=trust)
+    return load_own_tokenizer(config, recipe, path, trust_remote_code=trust)
 
 
 def _check_dataset(config: Config, recipe: Recipe, source: str, split: Split) -> list[Finding]:

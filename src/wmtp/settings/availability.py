@@ -65,7 +65,6 @@ _TABLE = (
     _Unavailable("model.base_id", _is_remote, _LOCAL_PATH),
     _Unavailable("model.ref_id", _is_remote, _LOCAL_PATH),
     _Unavailable("model.rm_id", _is_remote, _LOCAL_PATH),
-    _Unavailable("model.tokenizer.type", _among("raw"), "use hf"),
     _Unavailable("rho1.reference", _among("precomputed"), "use online"),
     _Unavailable("critic.value_head", _is_remote, "use a local path, or null to train one"),
     _Unavailable(

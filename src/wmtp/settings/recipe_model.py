@@ -13,10 +13,12 @@ class TokenizerSettings(Section):
     """The tokenizer of the run."""
 
     type: Literal["hf", "raw"] = Field(
-        default="hf", description="A Hugging Face tokenizer, or the raw SentencePiece model."
+        default="hf",
+        description="A Hugging Face tokenizer, or the raw file (`tokenizer.model`, `tekken.json`).",
     )
     path: Text | None = Field(
-        default=None, description="Where it is; null takes the one beside the base model."
+        default=None,
+        description="Where it is: directory, hub id or raw file; null takes the base model's.",
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from wmtp.components.base import Component
 from wmtp.components.data.examples import Batch
+from wmtp.components.tokenizer.pairs import TokenizerPair
 from wmtp.modeling import MTPModel, MTPOutput
 from wmtp.objectives import normalize_weights
 from wmtp.settings.recipe_train import LossSettings
@@ -29,12 +30,14 @@ class ScorerSetup:
     Attributes:
         model: the model being trained.
         reference: a frozen model whose losses serve as reference (Rho-1).
+        tokenizers: the model's tokenizer and the reference's; None where they are the same.
         value_head: the value function (critic).
         seed: seed of scorers that draw at random.
     """
 
     model: MTPModel
     reference: MTPModel | None = None
+    tokenizers: TokenizerPair | None = None
     value_head: nn.Module | None = None
     seed: int = 0
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from wmtp.components.registry import scorer_registry
 from wmtp.components.scorer.base import Scorer, ScorerContext, ScorerSetup, TokenScores
 from wmtp.components.scorer.losses import token_losses
+from wmtp.components.scorer.reference import aligned_losses, head_losses
+from wmtp.components.tokenizer.pairs import TokenizerPair
 from wmtp.exceptions import UserInputError
 from wmtp.modeling import MTPModel
 from wmtp.objectives import (
@@ -36,6 +38,7 @@ class Rho1ExcessScorer(Scorer):
         self.needs_output = self.settings.current == "live"
         self._model: MTPModel | None = None
         self._reference: MTPModel | None = None
+        self._tokenizers: TokenizerPair | None = None
         self._snapshot: MTPModel | None = None
         self._generator = torch.Generator()
 
@@ -50,6 +53,7 @@ class Rho1ExcessScorer(Scorer):
                 "rho1-wmtp needs a reference model", remedy="set model.ref_id or paths.models.ref"
             )
         self._model, self._reference = setup.model, setup.reference
+        self._tokenizers = setup.tokenizers
         self._generator.manual_seed(setup.seed)
         if self.settings.current == "frozen":
             self._snapshot = copy.deepcopy(setup.model).requires_grad_(False).eval()
@@ -59,13 +63,18 @@ class Rho1ExcessScorer(Scorer):
         assert self._model is not None
         assert self._reference is not None
         batch, needed_BS = context.batch, context.needed_BS
-        reference_BS = self._losses(self._reference, context)
         if context.output is None:
             assert self._snapshot is not None
-            current_BS = self._losses(self._snapshot, context)
+            current_BS = head_losses(self._snapshot, batch, needed_BS)
         else:
             current_BS = token_losses(self._model, context.output.hidden_BSHD[:, :, 0], batch, needed_BS)
-        return TokenScores(excess_loss(current_BS, reference_BS, score=self.settings.score))
+        if self._tokenizers is None or self._tokenizers.relation != "characters":
+            reference_BS = head_losses(self._reference, batch, needed_BS)
+            return TokenScores(excess_loss(current_BS, reference_BS, score=self.settings.score))
+        reference_BS, known_BS = aligned_losses(self._reference, self._tokenizers, context)
+        excess_BS = excess_loss(current_BS, reference_BS, score=self.settings.score)
+        # The model is neither ahead of nor behind a reference that says nothing.
+        return TokenScores(torch.where(known_BS & needed_BS, excess_BS, 0.0))
 
     def weigh(self, scores_N: Tensor, valid_N: Tensor, loss: LossSettings) -> Tensor:
         """Select over the whole step and weigh what was selected."""
@@ -94,15 +103,3 @@ class Rho1ExcessScorer(Scorer):
             "rho1/excess_mean": torch.where(valid_N, scores_N, 0.0).sum() / count,
             "rho1/selected_ratio": ((weights_N > 1.0) & valid_N).sum() / count,
         }
-
-    @staticmethod
-    def _losses(model: MTPModel, context: ScorerContext) -> Tensor:
-        batch = context.batch
-        output = model(
-            batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            position_ids=batch["position_ids"],
-            document_ids=batch["document_ids"],
-            num_heads=1,
-        )
-        return token_losses(model, output.hidden_BSHD[:, :, 0], batch, context.needed_BS)

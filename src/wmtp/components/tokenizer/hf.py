@@ -109,6 +109,24 @@ class HfTokenizer(Component[TokenizerContext, list[Feature]]):
         ids = self._encoder.encode([prompt])[0].input_ids
         return self._with_bos(ids)
 
+    @property
+    def bos_token_id(self) -> int | None:
+        """What stands at the start of a document; None where the tokenizer puts nothing there."""
+        return self._encoder.bos_token_id
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """What stands at the end of a document; None where the tokenizer has no such token."""
+        return self._encoder.eos_token_id
+
+    def encode_documents(self, documents: Sequence[Sequence[str]]) -> list[list[EncodedPiece]]:
+        """Tokenise documents of one or more pieces of text each, without tokens at start and end."""
+        first = iter(self._encoder.encode([pieces[0] for pieces in documents]))
+        rest = iter(
+            self._encoder.encode_continuations([piece for pieces in documents for piece in pieces[1:]])
+        )
+        return [[next(first), *islice(rest, len(pieces) - 1)] for pieces in documents]
+
     def tokenize_dataset(self, dataset: Iterable[Example | Mapping[str, Any]]) -> list[Feature]:
         """Tokenise examples, or plain rows that are recognised as the data loader does.
 
@@ -161,13 +179,10 @@ class HfTokenizer(Component[TokenizerContext, list[Feature]]):
     def _features(self, examples: Sequence[Example]) -> list[Feature]:
         """Features of some examples, not yet cut to length."""
         documents = [self._pieces(example) for example in examples]
-        first = iter(self._encoder.encode([pieces[0].text for pieces in documents]))
-        rest = iter(
-            self._encoder.encode_continuations([piece.text for pieces in documents for piece in pieces[1:]])
-        )
+        encoded = self.encode_documents([[piece.text for piece in pieces] for pieces in documents])
         return [
-            self._feature(example, pieces, [next(first), *islice(rest, len(pieces) - 1)])
-            for example, pieces in zip(examples, documents, strict=True)
+            self._feature(example, pieces, parts)
+            for example, pieces, parts in zip(examples, documents, encoded, strict=True)
         ]
 
     def _pieces(self, example: Example) -> list[Piece]:
