@@ -105,6 +105,9 @@ def add_lora(
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, causal_lm, adapter_name=_ADAPTER)
+    for name in targets:
+        # New modules begin in training mode: dropout would be on in a model that is evaluated.
+        causal_lm.get_submodule(name).train(linears[name].training)
     # peft has frozen everything but the adapters.
     names = frozenset(f"causal_lm.{name}" for name, p in causal_lm.named_parameters() if p.requires_grad)
     model.last_layer.requires_grad_(True)
