@@ -21,10 +21,17 @@ from wmtp import __version__
 from wmtp.exceptions import UserInputError
 from wmtp.modeling import MTPModel
 from wmtp.modeling.formats.export import convert_dtype
+from wmtp.modeling.formats.meta_native_write import write_native
 from wmtp.modeling.formats.sources import WMTP_FILE, read_json
 from wmtp.modeling.lora import merge_lora
 from wmtp.pipelines.environment import RunPaths
-from wmtp.pipelines.export_source import TOKENIZER_MODEL, ExportSource, ReadModel, read_source
+from wmtp.pipelines.export_source import (
+    RUN_TOKENIZER,
+    TOKENIZER_MODEL,
+    ExportSource,
+    ReadModel,
+    read_source,
+)
 from wmtp.pipelines.provenance import describe_run
 from wmtp.reporting.model_card import ModelCard, render_model_card
 from wmtp.settings import Config, Recipe
@@ -122,7 +129,7 @@ def run_export_pipeline(
     disable_progress_bar()  # type: ignore[no-untyped-call]
     # 1. Where to, before anything large is read.
     folder = _local_folder(output)
-    source = read_source(checkpoint, options.trust_remote_code)
+    source = read_source(checkpoint, trust_remote_code=options.trust_remote_code)
     _check_output(folder, source, force=options.force)
 
     # 2. The model in the precision it is to be written in, with the heads that are wanted.
@@ -134,14 +141,15 @@ def run_export_pipeline(
     convert_dtype(model, loaded.dtype)
 
     # 3. Written beside its place, then renamed.
+    metadata = source.metadata()
     try:
         with publish_directory(folder, replace=folder.exists()) as staging:
             if options.format == "hf":
                 _write_hugging_face(
-                    staging, model, tokenizer=loaded.tokenizer, metadata=source.metadata, title=folder.name
+                    staging, model, tokenizer=loaded.tokenizer, metadata=metadata, title=folder.name
                 )
             else:
-                _write_native(staging, model, loaded.tokenizer_model, source.metadata, folder.name)
+                _write_native(staging, model, loaded.tokenizer_model, metadata, folder.name)
     except OSError as error:
         raise UserInputError(
             f"{folder} cannot be written: {error}", remedy="check the permissions and the free space there"
@@ -171,6 +179,31 @@ def export_model(
         _write_hugging_face(
             staging, parts.model, tokenizer=parts.tokenizer.tokenizer, metadata=metadata, title=paths.name
         )
+
+
+def export_state(config: Config, recipe: Recipe, parts: RunParts, paths: RunPaths) -> dict[str, Any]:
+    """What a training checkpoint has to say so that it can be exported without config and recipe; JSON.
+
+    The tokenizer is written to `models/<run>/tokenizer` once; a `step-N` folder that is moved away from it
+    falls back on the path the tokenizer was read from.
+    """
+    tokenizer = parts.tokenizer.tokenizer
+    folder = paths.checkpoints / RUN_TOKENIZER
+    if not folder.exists():
+        with publish_directory(folder) as staging:
+            tokenizer.save_pretrained(staging)
+    model, lora = parts.model, recipe.model.lora
+    generation_config = model.causal_lm.generation_config
+    return {
+        "metadata": describe_run(config, recipe, parts.base_path),
+        "config": json.loads(model.config.to_json_string(use_diff=False)),
+        "head": model.head_form,
+        "offsets": list(model.offsets),
+        "base": parts.base_path,
+        "lora": None if lora is None else lora.model_dump(mode="json"),
+        "generation_config": {} if generation_config is None else generation_config.to_diff_dict(),
+        "tokenizer": recipe.model.tokenizer.path or parts.base_path,
+    }
 
 
 def record_results(paths: RunPaths, model: MTPModel, metrics: Mapping[str, float]) -> None:
@@ -203,8 +236,6 @@ def _write_hugging_face(
 def _write_native(
     folder: Path, model: MTPModel, tokenizer_model: Path | None, metadata: Mapping[str, Any], title: str
 ) -> None:
-    from wmtp.modeling.formats.meta_native_write import write_native
-
     write_native(model, folder, dtype=model.dtype)
     if tokenizer_model is not None:
         shutil.copyfile(tokenizer_model, folder / TOKENIZER_MODEL)
@@ -300,7 +331,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+import logging
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from wmtp import __version__
 from wmtp.components.loader import MICRO_LLAMA, ModelLoaderContext
 from wmtp.components.tokenizer import HfTokenizer
 from wmtp.components.tokenizer.hf import TokenizerSettings
-from wmtp.exceptions import CheckpointError, UserInputError
+from wmtp.components.tokenizer.raw_files import load_raw_tokenizer
+from wmtp.distributed.checkpoint import STATE_NAME, find_latest_valid, load_checkpoint
+from wmtp.exceptions import CheckpointError, ModelLoadError, UserInputError
 from wmtp.factory import ComponentFactory
 from wmtp.modeling import MTPModel
-from wmtp.modeling.formats.export import read_export_metadata
-from wmtp.modeling.formats.sources import CONFIG_FILE, ModelFiles, read_json
+from wmtp.modeling.formats.kinds import PARAMS_FILE
+from wmtp.modeling.formats.meta_native import DTYPE_ATTRIBUTE
+from wmtp.modeling.formats.sources import (
+    CONFIG_FILE,
+    WMTP_FILE,
+    LocalSource,
+    ModelSource,
+    locate_source,
+    read_source_json,
+)
+from wmtp.modeling.lora import add_lora, check_same_base
+from wmtp.modeling.trainable import load_checkpoint_tensors
 from wmtp.pipelines.checkpoints import LocatedModel, locate_model
 from wmtp.pipelines.provenance import hub_id, public_name
 from wmtp.settings import Config
 from wmtp.storage import PathResolver
 
+logger = logging.getLogger(__name__)
+
 TOKENIZER_MODEL = "tokenizer.model"
-_PARAMS_FILE = "params.json"
-_TOKENIZER_FILES = ("tokenizer.json", TOKENIZER_MODEL, "tokenizer_config.json", "vocab.json", "vocab.txt")
+RUN_TOKENIZER = "tokenizer"
+"""Folder of the run's tokenizer, beside its `step-N` folders."""
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    TOKENIZER_MODEL,
+    "tekken.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +59,7 @@ class ReadModel:
     Attributes:
         model: the model, adapters not yet merged.
         dtype: precision it is to be written in.
-        tokenizer: of the model; None where it has none.
+        tokenizer: of the model; None where it has none that transformers reads.
         tokenizer_model: its SentencePiece file; None where it has none.
     """
 
@@ -51,21 +75,35 @@ class ExportSource:
 
     Attributes:
         path: the model folder, model id or `step-N` folder.
-        is_training_state: whether it is a `step-N` folder.
+        files: its files; None for the model that comes with this package.
+        training_state: the JSON state of a `step-N` folder, else None.
         trust_remote_code: let the model run code that comes with it.
-        metadata: how it was made, see `wmtp.pipelines.provenance.describe_run`.
     """
 
     path: str
-    is_training_state: bool
+    files: ModelSource | None
+    training_state: dict[str, Any] | None
     trust_remote_code: bool
-    metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
     def directory(self) -> Path | None:
-        """Its folder, None for a model id."""
-        path = Path(self.path)
-        return path if path.is_dir() else None
+        """Its folder, None where it is not on this machine."""
+        return self.files.directory if isinstance(self.files, LocalSource) else None
+
+    def metadata(self) -> dict[str, Any]:
+        """How the model was made, see `wmtp.pipelines.provenance.describe_run`."""
+        if self.training_state is not None:
+            step = self.training_state["step"]
+            return {**self.training_state["export"]["metadata"], "steps": step, "wmtp_version": __version__}
+        if self.files is not None and WMTP_FILE in self.files.names():
+            found = read_source_json(self.files, WMTP_FILE).get("metadata")
+            if isinstance(found, dict) and found:
+                return {**found, "wmtp_version": __version__}
+        return {
+            "wmtp_version": __version__,
+            "base": public_name(self.path),
+            "base_model": hub_id(self.path),
+        }
 
     def load(self, dtype: torch.dtype | None) -> ReadModel:
         """Read it.
@@ -75,116 +113,160 @@ class ExportSource:
 
         Raises:
             ModelLoadError: files missing, unreadable or not fitting.
-            CheckpointError: a training checkpoint that is not whole.
         """
-        if self.is_training_state:
-            return self._load_training_state(dtype)
+        if self.training_state is not None:
+            return ReadModel(
+                model=self._load_step(self.training_state["export"]),
+                dtype=dtype or torch.float32,
+                tokenizer=self._tokenizer(),
+                tokenizer_model=None,
+            )
         stored = self._stored_dtype()
-        loader = ComponentFactory.create_model_loader(Config())
         wanted = dtype or stored
         # Values that a precision cannot hold are found after loading, so they must survive it.
         loaded_in = torch.float32 if wanted == torch.float16 and stored != torch.float16 else wanted
-        model: MTPModel = loader.run(
-            ModelLoaderContext(
-                self.path, dtype=loaded_in or torch.float32, trust_remote_code=self.trust_remote_code
-            )
-        ).model
+        context = ModelLoaderContext(
+            self.path, dtype=loaded_in or torch.float32, trust_remote_code=self.trust_remote_code
+        )
+        model: MTPModel = ComponentFactory.create_model_loader(Config()).run(context).model
         return ReadModel(
             model=model,
             dtype=wanted or _native_dtype(model),
-            tokenizer=self._tokenizer(self.path),
-            tokenizer_model=find_tokenizer_model(self.path),
+            tokenizer=self._tokenizer(),
+            tokenizer_model=self._tokenizer_model(),
         )
 
+    def _load_step(self, described: dict[str, Any]) -> MTPModel:
+        """Build the model that a `step-N` folder has the tensors of."""
+        tensors, state = load_checkpoint(self.path)
+        if described["lora"] is None:
+            try:
+                config = AutoConfig.for_model(**described["config"])
+                causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{self.path} is of a kind of model that transformers does not know: {error}",
+                    remedy="export the finished run (final)",
+                ) from error
+            model = MTPModel(causal_lm, form=described["head"], offsets=described["offsets"])
+        else:
+            # The frozen matrices are not in the checkpoint.
+            model = self._load_base(described)
+            check_same_base(model, state["base"])
+        try:
+            load_checkpoint_tensors(model, tensors["model"])
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{self.path} does not hold the model it describes: {error}",
+                remedy="export another step of the run",
+            ) from error
+        generation_config = GenerationConfig.from_dict(described["generation_config"])
+        model.causal_lm.generation_config = generation_config
+        return model
+
+    def _load_base(self, described: dict[str, Any]) -> MTPModel:
+        context = ModelLoaderContext(
+            described["base"],
+            horizon=len(described["offsets"]),
+            head=described["head"],
+            offsets=described["offsets"],
+            trust_remote_code=self.trust_remote_code,
+        )
+        model: MTPModel = ComponentFactory.create_model_loader(Config()).run(context).model
+        add_lora(model, **described["lora"])
+        return model
+
     def _stored_dtype(self) -> torch.dtype | None:
-        """What config.json says; None where there is none."""
-        if self.path == MICRO_LLAMA:
+        """Precision on disk; None where only reading tells."""
+        if self.files is None:
             return torch.float32
-        file = _model_files(self.path).find(CONFIG_FILE)
-        if file is None:
+        if CONFIG_FILE not in self.files.names():
             return None
-        config = read_json(file)
+        config = read_source_json(self.files, CONFIG_FILE)
         name = config.get("dtype", config.get("torch_dtype"))
         dtype = getattr(torch, name, None) if isinstance(name, str) else None
         return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
-    def _tokenizer(self, path: str) -> PreTrainedTokenizerBase | None:
-        files = _model_files(path)
-        if path != MICRO_LLAMA and all(files.find(name) is None for name in _TOKENIZER_FILES):
+    def _tokenizer(self) -> PreTrainedTokenizerBase | None:
+        if self.files is not None and PARAMS_FILE in self.files.names():
+            file = self._tokenizer_model()
+            return None if file is None else load_raw_tokenizer(file)
+        path = self.path
+        if self.training_state is not None:
+            beside = Path(self.path).parent / RUN_TOKENIZER
+            path = str(beside) if beside.is_dir() else self.training_state["export"]["tokenizer"]
+        elif self.files is not None and not self.files.names().intersection(_TOKENIZER_FILES):
             return None
         settings = TokenizerSettings(path=path, trust_remote_code=self.trust_remote_code)
         return HfTokenizer(settings).tokenizer
 
-    def _load_training_state(self, dtype: torch.dtype | None) -> ReadModel:
-        raise CheckpointError(
-            f"{self.path} holds the state of a training run, not a model",
-            remedy="export the finished run (its folder, or final in it)",
-        )
+    def _tokenizer_model(self) -> Path | None:
+        """The SentencePiece file, beside the model or, for Meta's layout, one folder up."""
+        if self.files is None:
+            return None
+        found = self.files.find(TOKENIZER_MODEL)
+        above = self.files.parent() if PARAMS_FILE in self.files.names() else None
+        return above.find(TOKENIZER_MODEL) if found is None and above is not None else found
 
 
-def read_source(checkpoint: str, trust_remote_code: bool) -> ExportSource:
-    """Find what `checkpoint` names, and how it was made; no weights are read.
+def read_source(checkpoint: str, *, trust_remote_code: bool) -> ExportSource:
+    """Find what `checkpoint` names; no weights are read.
 
     Raises:
         CheckpointError: a local path that does not exist or holds no model.
-        UserInputError: a built-in model that is only made when it is needed.
+        ModelLoadError: a hub id that cannot be had.
+        UserInputError: a place models are not read from.
     """
     kind, resolved = PathResolver().resolve(checkpoint)
-    if kind == "builtin" and resolved != MICRO_LLAMA:
-        raise UserInputError(
-            f"{checkpoint} is trained by the first run that needs it and then lies in that run's output",
-            remedy=f"give that folder, such as runs/models/{resolved.removeprefix('builtin:')}",
+    if kind == "builtin":
+        if resolved != MICRO_LLAMA:
+            raise UserInputError(
+                f"{checkpoint} is trained by the first run that needs it and then lies in that run's output",
+                remedy=f"give that folder, such as runs/models/{resolved.removeprefix('builtin:')}",
+            )
+        return ExportSource(
+            path=resolved, files=None, training_state=None, trust_remote_code=trust_remote_code
         )
-    if kind not in ("local", "hub", "builtin"):
+    if kind not in ("local", "hub"):
         raise UserInputError(
             f"{checkpoint} is neither on this machine nor on the hub",
             remedy="copy it here and give its folder",
         )
-    if kind == "local" and (Path(resolved) / _PARAMS_FILE).is_file():
-        located = LocatedModel(resolved, is_training_state=False)
-    else:
-        located = locate_model(Config(), checkpoint)
-    return ExportSource(
-        path=located.path,
-        is_training_state=located.is_training_state,
-        trust_remote_code=trust_remote_code,
-        metadata={} if located.is_training_state else _model_metadata(located.path),
+    is_native = kind == "local" and (Path(resolved) / PARAMS_FILE).is_file()
+    located = (
+        LocatedModel(resolved, is_training_state=False) if is_native else locate_model(Config(), checkpoint)
     )
+    path = _newest_step(Path(located.path)) if located.is_training_state else located.path
+    files = locate_source(path)
+    state = _training_state(files) if located.is_training_state else None
+    return ExportSource(path=path, files=files, training_state=state, trust_remote_code=trust_remote_code)
 
 
-def find_tokenizer_model(path: str) -> Path | None:
-    """The SentencePiece file of a model: beside it, or one folder up, where Meta's repository has it."""
-    if path == MICRO_LLAMA:
-        return None
-    files = _model_files(path)
-    found = files.find(TOKENIZER_MODEL)
-    if found is not None or files.find(_PARAMS_FILE) is None:
-        return found
-    if files.directory is None:
-        return ModelFiles(files.source, str(PurePosixPath(files.subfolder).parent)).find(TOKENIZER_MODEL)
-    above = files.directory.resolve().parent / TOKENIZER_MODEL
-    return above if above.is_file() else None
+def _newest_step(folder: Path) -> str:
+    if folder.name.startswith("step-"):
+        return str(folder)
+    newest, skipped = find_latest_valid(folder)
+    reasons = "".join(f"\n  {path.name}: {reason}" for path, reason in skipped)
+    if newest is None:
+        raise CheckpointError(f"{folder} holds no valid checkpoint{reasons}", remedy="train it first")
+    if skipped:
+        logger.warning("newer checkpoints were skipped:%s", reasons)
+    return str(newest)
 
 
-def _model_metadata(path: str) -> dict[str, Any]:
-    """How a model was made: what its `wmtp.json` says, else that it is a model of its own."""
-    found = {} if path == MICRO_LLAMA else read_export_metadata(_model_files(path))
-    if found:
-        return {**found, "wmtp_version": __version__}
-    return {"wmtp_version": __version__, "base": public_name(path), "base_model": hub_id(path)}
-
-
-def _model_files(path: str) -> ModelFiles:
-    """Like `locate_model` of the formats, without a look at what is there."""
-    if Path(path).is_dir():
-        return ModelFiles(path)
-    source, _, subfolder = path.partition(":")
-    return ModelFiles(source, subfolder)
+def _training_state(files: ModelSource) -> dict[str, Any]:
+    state = read_source_json(files, STATE_NAME).get("state")
+    if not isinstance(state, dict) or "export" not in state:
+        raise ModelLoadError(
+            f"{files}/{STATE_NAME} does not say what model this is: an older version wrote it",
+            remedy="resume the run with --resume, which writes a new checkpoint, or export its final folder",
+        )
+    return state
 
 
 def _native_dtype(model: MTPModel) -> torch.dtype:
     """The precision that Meta's native reader found on disk and noted in the configuration."""
-    name = model.config.to_dict()["meta_native_dtype"]
-    dtype = getattr(torch, str(name).removeprefix("torch."))
+    name = str(model.config.to_dict()[DTYPE_ATTRIBUTE])
+    dtype = getattr(torch, name.removeprefix("torch."))
     assert isinstance(dtype, torch.dtype)
     return dtype

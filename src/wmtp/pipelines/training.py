@@ -33,7 +33,7 @@ from wmtp.pipelines.environment import (
     seed_everything,
 )
 from wmtp.pipelines.evaluation import evaluate_model
-from wmtp.pipelines.export import export_model
+from wmtp.pipelines.export import export_model, export_state, record_results
 from wmtp.pipelines.models import check_vocabulary, load_base, load_reference, load_tokenizer
 from wmtp.pipelines.outputs import RunOptions, RunOutputs
 from wmtp.pipelines.report import report_training, write_settings
@@ -98,6 +98,7 @@ def run_training_pipeline(
         callbacks = build_callbacks(
             recipe, environment, paths, tracker, parts.data, critic, context, parts.late
         )
+        callbacks.checkpoint.run_state["export"] = export_state(config, recipe, parts, paths)
         context.callbacks = callbacks.all
         seed_everything(recipe.train.seed)
         if checkpoint is not None:
@@ -124,6 +125,7 @@ def run_training_pipeline(
         evaluation = evaluate_model(config, recipe, environment, parts, paths.report, options)
         tracker.log_metrics(evaluation.metrics, result.step)
         metrics.update(evaluation.metrics)
+        record_results(paths, parts.model, metrics)
 
         # 9. Report.
         timings = {"training": train_seconds, "evaluation": time.perf_counter() - began - train_seconds}

@@ -18,7 +18,7 @@ from wmtp.reporting.text import format_number, format_percent, visible
 _PASS_AT = re.compile(r"^(?P<benchmark>.+)_pass_at_(?P<k>\d+)$")
 # Measured on held-out data, or the loss a reader looks for; the rest of a run's numbers is in its report.
 _SHOWN_METRICS = re.compile(
-    r"^(train/loss|val/.*|perplexity_head_\d+|token_accuracy_head_\d+|.*exact_match|"
+    r"^(train/loss|train/ce_head_\d+|val/.*|perplexity_head_\d+|token_accuracy_head_\d+|.*exact_match|"
     r"critic/(auc|explained_variance)|.*(acceptance|tokens_per_forward).*)$"
 )
 _ALGORITHMS = {

@@ -59,7 +59,7 @@ def save_mtp_model(
         "offsets": list(model.offsets),
         "metadata": dict(metadata or {}),
     }
-    (path / WMTP_FILE).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (path / WMTP_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
 
@@ -116,25 +116,25 @@ def _made_valid(config: GenerationConfig) -> GenerationConfig:
 
 
 def convert_dtype(model: MTPModel, dtype: torch.dtype) -> None:
-    """Convert the model in place to the precision it is to be written in.
+    """Convert parameters, and buffers that are saved, in place to the precision they are to be written in.
+
+    Buffers that are made anew on loading (rotary frequencies) stay, so that the model goes on computing what
+    the written one will.
 
     Raises:
-        ModelLoadError: a parameter has values that are not finite in it; the message names the tensor.
+        ModelLoadError: a tensor has values that are not finite in this precision; the message names it.
     """
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtype)
-        if not bool(torch.isfinite(parameter).all()):
+    saved = model.state_dict()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    for name, tensor in {**dict(model.named_parameters()), **buffers}.items():
+        if not tensor.is_floating_point():
+            continue
+        tensor.data = tensor.data.to(dtype)
+        if not bool(torch.isfinite(tensor).all()):
             raise ModelLoadError(
                 f"tensor {name!r} has values that {str(dtype).removeprefix('torch.')} cannot hold",
                 remedy="export as bf16 or fp32; where that fails too, the checkpoint itself holds NaN or Inf",
             )
-    model.to(dtype)
-
-
-def read_export_metadata(source: ModelSource) -> dict[str, Any]:
-    """Return what `wmtp.json` says of how the model was made; empty where there is no such file."""
-    metadata = read_source_json(source, WMTP_FILE).get("metadata") if WMTP_FILE in source.names() else {}
-    return metadata if isinstance(metadata, dict) else {}
 
 
 def read_saved_heads(source: ModelSource) -> SavedHeads:
