@@ -45,6 +45,10 @@ class CheckpointError(UserInputError):
     """A training checkpoint that is missing, incomplete or does not fit the run."""
 
 
+class StorageError(UserInputError):
+    """A remote store that cannot be read; the message names the address and what to do."""
+
+
 class SandboxUnavailableError(UserInputError):
     """No sandbox works on this machine, so untrusted programs are not run."""
 

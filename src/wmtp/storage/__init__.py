@@ -2,11 +2,15 @@
 
 from wmtp.storage.atomic import publish_directory, verify_manifest, write_bytes_atomic, write_json_atomic
 from wmtp.storage.paths import BUILTIN_DATASETS, BUILTIN_MODELS, PathResolver
+from wmtp.storage.s3 import S3Folder, S3Manager, create_s3_manager
 
 __all__ = [
     "BUILTIN_DATASETS",
     "BUILTIN_MODELS",
     "PathResolver",
+    "S3Folder",
+    "S3Manager",
+    "create_s3_manager",
     "publish_directory",
     "verify_manifest",
     "write_bytes_atomic",
