@@ -141,6 +141,14 @@ def _read_tekken(file: Path) -> tuple[Tokenizer, dict[str, str]]:
     size = content["config"].get("default_vocab_size", backend.get_vocab_size())
     if backend.get_vocab_size() != size:
         raise ModelLoadError(f"{file} says {size} tokens and has {backend.get_vocab_size()}")
+    backend.encode_special_tokens = True
+    for token_id, token in backend.get_added_tokens_decoder().items():
+        # A word of the text that is looked up whole would be taken for the special token of that name.
+        if token_id in backend.encode(token.content, add_special_tokens=False).ids:
+            raise ModelLoadError(
+                f"{file} cannot be converted exactly: {token.content!r} in a text would end as a special token",
+                remedy="use the model's tokenizer.json (model.tokenizer.type: hf)",
+            )
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     return backend, {key: name for key, name in names.items() if backend.token_to_id(name) is not None}
 
