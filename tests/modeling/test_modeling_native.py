@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from wmtp.exceptions import ModelLoadError, UserInputError
 from wmtp.modeling import MTPModel
 from wmtp.modeling.formats.meta_native import feed_forward_size, native_config
 from wmtp.modeling.formats.meta_native_write import feed_forward_fields, write_native
+from wmtp.modeling.formats.tensors import StoredTensor, StoredTensors
 
 TOLERANCE = 2e-4
 
@@ -190,6 +193,50 @@ def test_contents_that_are_no_weights_are_refused_by_name(value: object) -> None
         read_parts(params, tensors)
     with pytest.raises(ModelLoadError, match="no tensors"):
         read_parts(params, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_folder_is_loaded_with_the_heads_asked_for(dtype: torch.dtype, tmp_path: Path) -> None:
+    params = native_params(n_future_tokens=4, vocab_size=-1)
+    tensors = random_native(params, dtype=dtype)
+    torch.save(tensors, tmp_path / "consolidated.pth")
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    expected = NativeReference(params, tensors).logits(tokens_BS())
+    assert largest_gap(logits_of(MTPModel.from_pretrained(tmp_path)), expected) < TOLERANCE
+    with pytest.warns(UserWarning, match="has 4 heads; the first 2 are used"):
+        fewer = MTPModel.from_pretrained(tmp_path, horizon=2)
+    assert largest_gap(logits_of(fewer), expected[:, :, :2]) < TOLERANCE
+    more = logits_of(MTPModel.from_pretrained(tmp_path, horizon=5))
+    assert largest_gap(more[:, :, :4], expected) < TOLERANCE
+    assert torch.equal(more[:, :, 4], more[:, :, 0])
+
+
+def test_tensors_are_read_once_and_not_held_together() -> None:
+    params = native_params(n_future_tokens=3)
+    tensors = random_native(params)
+    read: list[str] = []
+    alive: list[weakref.ref[Tensor]] = []
+    most_alive = 0
+
+    def reader(name: str) -> Callable[[], Tensor]:
+        def read_tensor() -> Tensor:
+            nonlocal most_alive
+            read.append(name)
+            tensor = tensors[name].clone()
+            alive.append(weakref.ref(tensor))
+            most_alive = max(most_alive, sum(reference() is not None for reference in alive))
+            return tensor
+
+        return read_tensor
+
+    stored = StoredTensors(
+        StoredTensor(name, "consolidated.pth", tuple(tensor.shape), tensor.dtype, reader(name))
+        for name, tensor in tensors.items()
+    )
+    logits = logits_of(build_native(params, stored))
+    assert largest_gap(logits, NativeReference(params, tensors).logits(tokens_BS())) < TOLERANCE
+    assert sorted(read) == sorted(set(tensors) - {"rope.freqs"})
+    assert most_alive == 1
 
 
 def test_the_model_owns_its_memory() -> None:

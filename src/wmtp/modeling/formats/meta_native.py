@@ -28,11 +28,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from wmtp.exceptions import ModelLoadError
+from wmtp.modeling.formats.kinds import PARAMS_FILE
 from wmtp.modeling.formats.parts import LoadedParts
-from wmtp.modeling.formats.tensors import check_tensors, shapes_of
+from wmtp.modeling.formats.tensors import StoredTensor, StoredTensors, check_tensors
 from wmtp.modeling.heads import SavedHeads
 
-PARAMS_FILE = "params.json"
 WEIGHTS_FILE = "consolidated.pth"
 # Attributes of the Hugging Face configuration that remember where a model came from, for the way back.
 PARAMS_ATTRIBUTE = "meta_native_params"
@@ -259,9 +259,9 @@ def read_native(
 ) -> LoadedParts:
     """Build the next-token Llama from native tensors, and offer the extra heads.
 
-    Each tensor is copied once, into the model; open the file with `mmap=True` and no second copy of the
-    weights is held in memory. `config.dtype` and `config.meta_native_dtype` say what was on disk: where
-    dtypes are mixed, the smallest that holds all of them.
+    Each tensor is read when its turn comes and copied, so that with `StoredTensors`, or a mapped file, no
+    second copy of the weights is held in memory. `config.dtype` and `config.meta_native_dtype` say what was
+    on disk: where dtypes are mixed, the smallest that holds all of them.
 
     Args:
         params: contents of params.json.
@@ -274,21 +274,22 @@ def read_native(
         ModelLoadError: a tensor is missing, unexpected, misshapen or of a dtype without meaning here; the
             message names it and the file.
     """
-    kept = {name: tensor for name, tensor in tensors.items() if name not in _IGNORED}
-    disk_dtype = _dtype_on_disk(kept, weights_source)
-    embedding = kept.get("tok_embeddings.weight")
+    listed: Mapping[str, Tensor | StoredTensor]
+    listed = tensors.stored() if isinstance(tensors, StoredTensors) else tensors
+    headers = {name: header for name, header in listed.items() if name not in _IGNORED}
+    disk_dtype = _dtype_on_disk(headers, weights_source)
+    # Without an embedding any number will do: the missing tensor is the error.
+    embedding_shape = headers["tok_embeddings.weight"].shape if "tok_embeddings.weight" in headers else ()
     config, num_heads = native_config(
-        params,
-        # Without an embedding any number will do: the missing tensor is the error.
-        vocab_size=1 if embedding is None or embedding.ndim == 0 else embedding.shape[0],
-        source=params_source,
+        params, vocab_size=embedding_shape[0] if embedding_shape else 1, source=params_source
     )
     names = NativeNames(config, num_heads)
-    _check_layout(names, kept, params_source, weights_source)
+    found = {name: tuple(header.shape) for name, header in headers.items()}
+    _check_layout(names, found, params_source, weights_source)
 
     def convert(name: str) -> Tensor:
         heads = names.num_rotary_heads(name)
-        weight = kept[name] if heads is None else to_half_split(kept[name], heads)
+        weight = tensors[name] if heads is None else to_half_split(tensors[name], heads)
         # Always a copy: a parameter that shared memory with a mapped file would change when the file does.
         return weight.to(dtype=dtype, device="cpu", copy=True, memory_format=torch.contiguous_format)
 
@@ -318,7 +319,7 @@ def _build_llama(config: LlamaConfig, state: Mapping[str, Tensor]) -> LlamaForCa
 
 def _dtype_on_disk(tensors: Mapping[str, Any], source: str) -> torch.dtype:
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, (Tensor, StoredTensor)):
             raise ModelLoadError(
                 f"{source}: {name!r} is no tensor but {type(tensor).__name__}",
                 remedy="give a consolidated.pth as published: one mapping of names to tensors",
@@ -335,10 +336,10 @@ def _dtype_on_disk(tensors: Mapping[str, Any], source: str) -> torch.dtype:
 
 
 def _check_layout(
-    names: NativeNames, tensors: Mapping[str, Tensor], params_source: str, weights_source: str
+    names: NativeNames, found: Mapping[str, tuple[int, ...]], params_source: str, weights_source: str
 ) -> None:
     try:
-        check_tensors(weights_source, names.shapes(), shapes_of(tensors))
+        check_tensors(weights_source, names.shapes(), found)
     except ModelLoadError as error:
         num_layers, num_extra = names.config.num_hidden_layers, names.num_heads - 1
         blocks = f"layers.0..{num_layers - 1}" + (f" and extra_heads.0..{num_extra - 1}" if num_extra else "")

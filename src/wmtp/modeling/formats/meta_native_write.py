@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wmtp.exceptions import UserInputError
+from wmtp.modeling.formats.kinds import PARAMS_FILE
 from wmtp.modeling.formats.meta_native import (
     DTYPE_ATTRIBUTE,
     DTYPES,
     LAYER_NAMES,
     MODEL_NAMES,
     PARAMS_ATTRIBUTE,
-    PARAMS_FILE,
     WEIGHTS_FILE,
     NativeNames,
     feed_forward_size,
