@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 
 from wmtp.exceptions import ModelLoadError, UserInputError
 from wmtp.modeling.formats.reward import derive_llama_config, read_starling
+from wmtp.modeling.formats.tensors import StoredTensor, StoredTensors
 from wmtp.modeling.reward_model import RewardModel, load_reward_model
 
 VOCAB_SIZE, PAD, BOS = 97, 0, 1
@@ -219,6 +220,13 @@ def _state_with_buffers(model: GPTRewardModel, dtype: torch.dtype = torch.float3
     return {**model.state_dict(), **buffers}
 
 
+def _stored(tensors: dict[str, Tensor]) -> StoredTensors:
+    return StoredTensors(
+        StoredTensor(name, "file", tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
+        for name, tensor in tensors.items()
+    )
+
+
 def _write(state: dict[str, Tensor], directory: Path, config: LlamaConfig | None = None) -> Path:
     directory.mkdir(exist_ok=True)
     torch.save(state, directory / "starling_RM.pth")
@@ -264,7 +272,7 @@ def test_copies_that_differ_are_an_error_naming_the_tensor(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda s: s.pop("v_head.weight"), r"no reward head: the tensor 'v_head\.weight' is missing"),
+        (lambda s: s.pop("v_head.weight"), r"starling_RM\.pth, which has no tensor 'v_head\.weight\'"),
         (lambda s: s.update({"v_head.weight": torch.zeros(32)}), r"'v_head\.weight' has shape \[32\]"),
         (lambda s: s.update({"v_head.bias": torch.zeros(1)}), r"unexpected tensor 'v_head\.bias'"),
         (
@@ -293,7 +301,7 @@ def test_head_size_and_rotary_base_are_told_from_old_buffers(theta: float, dtype
         for name, tensor in state.items()
         if name.startswith("transformer.")
     }
-    found = derive_llama_config("file", decoder)
+    found = derive_llama_config("file", _stored(decoder).stored())
     given = model.model.config
     assert found.head_dim == 16
     precision = 1e-4 if dtype == torch.float32 or theta != 5432.1 else 2e-2
@@ -321,14 +329,14 @@ def test_llama_2_is_assumed_only_where_the_shapes_are_its_own() -> None:
             f"{layer}mlp.gate_proj.weight": torch.empty(11008, hidden, device="meta"),
         }
 
-    config = derive_llama_config("file", decoder(32000, 4096, 4096))
+    config = derive_llama_config("file", _stored(decoder(32000, 4096, 4096)).stored())
     assert (config.head_dim, config.num_attention_heads, config.num_key_value_heads) == (128, 32, 32)
     assert (config.num_hidden_layers, config.rms_norm_eps) == (32, 1e-5)
     assert config.rope_parameters["rope_theta"] == 10000.0
     # Code Llama and Llama 3 have other rotary bases; heads of 64 do not divide into heads of 128.
     for vocabulary, hidden, key_rows in ((32016, 4096, 4096), (128256, 4096, 1024), (32000, 4096, 64)):
         with pytest.raises(ModelLoadError, match=r"(?s)file.*config\.json"):
-            derive_llama_config("file", decoder(vocabulary, hidden, key_rows))
+            derive_llama_config("file", _stored(decoder(vocabulary, hidden, key_rows)).stored())
 
 
 def test_scaled_rotary_frequencies_ask_for_a_configuration() -> None:
@@ -337,7 +345,7 @@ def test_scaled_rotary_frequencies_ask_for_a_configuration() -> None:
     for name in [name for name in state if name.endswith("inv_freq")]:
         state[name] = scaled
     with pytest.raises(ModelLoadError, match=r"(?s)rotary.*config\.json"):
-        read_starling("file", None, state, dtype=torch.float32)
+        read_starling("file", None, _stored(state), dtype=torch.float32)
 
 
 def test_a_starling_file_that_would_run_code_is_refused(tmp_path: Path) -> None:

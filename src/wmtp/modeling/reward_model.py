@@ -59,7 +59,9 @@ class RewardModel(nn.Module):
     @property
     def vocabulary_size(self) -> int:
         """Token ids the decoder knows are below this."""
-        return int(self.base.get_input_embeddings().weight.shape[0])
+        embeddings = self.base.get_input_embeddings()
+        assert isinstance(embeddings.weight, Tensor)
+        return embeddings.weight.shape[0]
 
     @property
     def context_length(self) -> int | None:
@@ -114,7 +116,7 @@ def load_reward_model(
     """Load a reward model of either layout: Starling-RM, or a sequence classifier with one label.
 
     Args:
-        path: a model directory or a hub id.
+        path: a model directory, its one file of weights, or a hub id.
         dtype: of the decoder; the head is fp32.
         trust_remote_code: let the model's own code run.
 

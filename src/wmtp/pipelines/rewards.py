@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 from wmtp.components.loader import RewardLoaderContext
 from wmtp.components.pretrainer import ProgramScorer
 from wmtp.components.tokenizer import HfTokenizer
+from wmtp.components.tokenizer.pairs import compare_tokenizers
 from wmtp.exceptions import ModelLoadError
 from wmtp.factory import ComponentFactory
 from wmtp.pipelines.environment import Environment
+from wmtp.pipelines.models import load_own_tokenizer
 from wmtp.settings import Config, Recipe, require_model
+
+logger = logging.getLogger(__name__)
 
 
 def needs_reward_model(recipe: Recipe) -> bool:
@@ -27,7 +33,8 @@ def load_program_scorer(
     """The reward model, in the run's precision and on its device; None where the recipe asks none.
 
     Raises:
-        UserInputError: no reward model is named.
+        UserInputError: no reward model is named, or texts cannot be aligned between its tokenizer and the
+            base's.
         ModelLoadError: it or its tokenizer cannot be loaded.
     """
     if not needs_reward_model(recipe):
@@ -36,10 +43,12 @@ def load_program_scorer(
     reward_tokenizer = load_reward_tokenizer(config, recipe, path, trust_remote_code=trust_remote_code)
     loader = ComponentFactory.create_reward_model_loader(config)
     model = loader.run(RewardLoaderContext(path, environment.precision, trust_remote_code))
+    pair = compare_tokenizers(tokenizer, reward_tokenizer, num_rows=model.vocabulary_size)
+    if pair.relation != "same":
+        logger.warning("the reward model's tokenizer is %s", pair.describe())
     return ProgramScorer(
         model.to(environment.device),
-        tokenizer,
-        reward_tokenizer,
+        pair,
         granularity=recipe.critic.reward.granularity,
         batch_size=recipe.critic.pretrain.batch_size,
     )
@@ -54,9 +63,7 @@ def load_reward_tokenizer(
         ModelLoadError: there is none.
     """
     try:
-        return ComponentFactory.create_tokenizer(
-            recipe, config, path=path, trust_remote_code=trust_remote_code
-        )
+        return load_own_tokenizer(config, recipe, path, trust_remote_code=trust_remote_code)
     except ModelLoadError as error:
         raise ModelLoadError(
             error.message,

@@ -17,11 +17,12 @@ from typing import Literal
 
 import torch
 
-from wmtp.components.data.examples import Example
-from wmtp.components.tokenizer import HfTokenizer
-from wmtp.components.tokenizer.alignment import Span, carry_over, locate_tokens
-from wmtp.exceptions import DataError, UserInputError
+from wmtp.components.data.examples import Example, Feature
+from wmtp.components.tokenizer.alignment import carry_over
+from wmtp.components.tokenizer.pairs import OtherDocument, TokenizerPair
+from wmtp.exceptions import UserInputError
 from wmtp.modeling.reward_model import RewardModel
+from wmtp.objectives import IGNORE_INDEX
 
 ProgramSource = Literal["data", "rollout"]
 
@@ -53,8 +54,7 @@ class ProgramScorer:
 
     Args:
         model: on its device.
-        tokenizer: the base's.
-        reward_tokenizer: the reward model's.
+        pair: the base's tokenizer and the reward model's.
         granularity: one reward at the last token, or one at every token.
         batch_size: programs scored at once.
     """
@@ -62,18 +62,15 @@ class ProgramScorer:
     def __init__(
         self,
         model: RewardModel,
-        tokenizer: HfTokenizer,
-        reward_tokenizer: HfTokenizer,
+        pair: TokenizerPair,
         *,
         granularity: Literal["sequence", "token"],
         batch_size: int,
     ) -> None:
         self._model = model
-        self._tokenizer = tokenizer
-        self._reward_tokenizer = reward_tokenizer
+        self._pair = pair
         self._granularity = granularity
         self._batch_size = batch_size
-        self._has_same_tokens = tokenizer.tokenizer.get_vocab() == reward_tokenizer.tokenizer.get_vocab()
 
     def reward(self, examples: Sequence[Example], source: ProgramSource) -> list[LabelledProgram]:
         """Reward programs; none of them is called right yet (see `label_by_median`).
@@ -85,8 +82,8 @@ class ProgramScorer:
             DataError: a text that cannot be carried over between the tokenizers; the message names both.
         """
         by_row_id = {example.row_id: example for example in examples}
-        features = self._tokenizer.tokenize_dataset(examples)
-        documents = [self._read(list(feature["input_ids"])) for feature in features]
+        features = self._pair.base.tokenize_dataset(examples)
+        documents = self._read(features)
         programs = []
         for feature, document, scores in zip(features, documents, self._score(documents), strict=True):
             example = by_row_id[feature["row_id"]]
@@ -99,29 +96,16 @@ class ProgramScorer:
             programs.append(LabelledProgram(replace(example, reward=scores[-1]), False, source, rewards))
         return programs
 
-    def _read(self, base_ids: list[int]) -> _Document:
-        """The document in the reward model's tokens."""
-        if self._has_same_tokens:
-            return _Document(base_ids, None, None)
-        base, other = self._tokenizer.tokenizer, self._reward_tokenizer.tokenizer
-        names = f"the base's tokenizer {base.name_or_path!r} and the reward model's {other.name_or_path!r}"
-        try:
-            located = locate_tokens(base, base_ids)
-            ids = self._reward_tokenizer.encode_prompt(located.text)
-            if base_ids[-1] == base.eos_token_id and other.eos_token_id is not None:
-                ids = [*ids, other.eos_token_id]
-            relocated = locate_tokens(other, ids)
-        except DataError as error:
-            raise DataError(
-                f"rewards cannot be carried over between {names}: {error.message}", remedy=error.remedy
-            ) from error
-        if relocated.text != located.text:
-            raise DataError(
-                f"rewards cannot be carried over between {names}: the second changes the text "
-                f"{located.text[:60]!r}",
-                remedy="use a reward model of the base's family, or one whose tokenizer keeps every byte",
-            )
-        return _Document(ids, relocated.spans, located.spans)
+    def _read(self, features: Sequence[Feature]) -> list[_Document]:
+        """The documents in the reward model's tokens."""
+        if self._pair.relation != "characters":
+            self._pair.require_shared(features)
+            return [_Document(list(feature["input_ids"]), None) for feature in features]
+        others = self._pair.read(
+            [feature["input_ids"] for feature in features],
+            [[label != IGNORE_INDEX for label in feature["labels"]] for feature in features],
+        )
+        return [_Document(other.input_ids, other) for other in others]
 
     def _score(self, documents: Sequence[_Document]) -> list[list[float]]:
         """Score of every prefix of every document; documents of like length share a batch."""
@@ -160,19 +144,18 @@ class ProgramScorer:
 
 @dataclass(frozen=True, slots=True)
 class _Document:
-    """A document in the reward model's tokens; spans where the base's tokens are others."""
+    """A document in the reward model's tokens; `other` where the base's tokens are others."""
 
     ids: list[int]
-    spans: list[Span] | None
-    base_spans: list[Span] | None
+    other: OtherDocument | None
 
 
 def _token_rewards(scores: Sequence[float], document: _Document) -> tuple[float, ...]:
     """Differences of the scores, as rewards of the base's tokens; they add up to the last score."""
     rewards = [score - before for before, score in pairwise((0.0, *scores))]
-    if document.spans is None or document.base_spans is None:
+    if document.other is None:
         return tuple(rewards)
-    return tuple(carry_over(rewards, document.spans, document.base_spans))
+    return tuple(carry_over(rewards, document.other.spans, document.other.base_spans))
 
 
 def label_by_median(programs: Sequence[LabelledProgram]) -> list[LabelledProgram]:

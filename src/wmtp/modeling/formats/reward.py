@@ -23,7 +23,7 @@ from wmtp.exceptions import ModelLoadError
 from wmtp.modeling.formats.hugging_face import build_config, read_safe_config
 from wmtp.modeling.formats.kinds import ModelKind, detect_reward_model, lone_torch_file
 from wmtp.modeling.formats.sources import CONFIG_FILE, LocalSource, ModelSource, locate_source
-from wmtp.modeling.formats.tensors import open_tensors, open_weights
+from wmtp.modeling.formats.tensors import StoredTensor, StoredTensors, open_tensors, open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class RewardParts:
 def read_sequence_classifier(
     source: object,
     config: PreTrainedConfig,
-    tensors: Mapping[str, Tensor],
+    tensors: StoredTensors,
     *,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
@@ -82,14 +82,15 @@ def read_sequence_classifier(
             f"{source} is a classifier with {config.num_labels} labels, a reward model has one",
             remedy="choose a reward model (num_labels 1 in its config.json)",
         )
-    head_weight_1D = _read_head(source, CLASSIFICATION_HEAD, tensors, config)
-    rest = {name: tensor for name, tensor in tensors.items() if name != CLASSIFICATION_HEAD}
+    stored = tensors.stored()
+    head_weight_1D = _read_head(source, CLASSIFICATION_HEAD, stored, config)
+    rest = {name: tensor for name, tensor in stored.items() if name != CLASSIFICATION_HEAD}
     base = _load_decoder(source, config, rest, dtype=dtype, trust_remote_code=trust_remote_code)
     return RewardParts(base, head_weight_1D)
 
 
 def read_starling(
-    source: object, config: PreTrainedConfig | None, tensors: Mapping[str, Tensor], *, dtype: torch.dtype
+    source: object, config: PreTrainedConfig | None, tensors: StoredTensors, *, dtype: torch.dtype
 ) -> RewardParts:
     """Read the Starling-RM layout: one state dict with the decoder, mostly twice, and `v_head.weight`.
 
@@ -104,16 +105,17 @@ def read_starling(
         ModelLoadError: the two copies differ, a tensor is missing, misshapen or of another model, or no
             configuration was given and the tensors do not tell it.
     """
-    if STARLING_HEAD not in tensors:
+    stored = tensors.stored()
+    if STARLING_HEAD not in stored:
         raise _missing_head(source, STARLING_HEAD)
-    decoder = _starling_decoder(source, tensors)
+    decoder = _starling_decoder(source, stored)
     if config is None:
         config = derive_llama_config(source, decoder)
-    head_weight_1D = _read_head(source, STARLING_HEAD, tensors, config)
+    head_weight_1D = _read_head(source, STARLING_HEAD, stored, config)
     return RewardParts(_load_decoder(source, config, decoder, dtype=dtype), head_weight_1D)
 
 
-def derive_llama_config(source: object, decoder: Mapping[str, Tensor]) -> LlamaConfig:
+def derive_llama_config(source: object, decoder: Mapping[str, StoredTensor]) -> LlamaConfig:
     """Tell a Llama's configuration from the shapes of its decoder and its old rotary buffers.
 
     Without the buffers the file must have the shapes of a Llama 2 (heads of 128, its vocabulary). What no
@@ -124,19 +126,20 @@ def derive_llama_config(source: object, decoder: Mapping[str, Tensor]) -> LlamaC
     """
 
     def shape(name: str) -> tuple[int, ...]:
-        if name not in decoder or decoder[name].ndim != 2:
+        if name not in decoder or len(decoder[name].shape) != 2:
             raise ModelLoadError(
                 f"{source} lacks the matrix {name!r} of a Llama decoder, so its configuration is unknown",
                 remedy=_ADD_CONFIG,
             )
-        return tuple(decoder[name].shape)
+        return decoder[name].shape
 
     vocabulary, hidden = shape("embed_tokens.weight")
     query_rows = shape("layers.0.self_attn.q_proj.weight")[0]
     key_rows = shape("layers.0.self_attn.k_proj.weight")[0]
-    found = [tensor for name, tensor in decoder.items() if name.endswith(_ROTARY_BUFFER)]
-    if found:
-        head_dim, theta = 2 * found[0].numel(), _rotary_base(source, found[0])
+    buffer = next((tensor for name, tensor in decoder.items() if name.endswith(_ROTARY_BUFFER)), None)
+    if buffer is not None:
+        frequencies = buffer.read()
+        head_dim, theta = 2 * frequencies.numel(), _rotary_base(source, frequencies)
     else:
         head_dim, theta = _LLAMA2_HEAD_DIM, _LLAMA2_THETA
         if vocabulary not in _LLAMA2_VOCABULARIES or query_rows != hidden:
@@ -188,7 +191,7 @@ def _rotary_base(source: object, frequencies: Tensor) -> float:
     )
 
 
-def _starling_decoder(source: object, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _starling_decoder(source: object, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The one decoder that stands in the file once or twice; two copies must be equal, tensor by tensor."""
     first, second = (
         {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -221,27 +224,31 @@ def _starling_decoder(source: object, tensors: Mapping[str, Tensor]) -> dict[str
     return first
 
 
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    # Mostly both names lie on the same bytes of the file, which then need not be read.
-    is_alias = one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
-    is_alike = one.dtype == other.dtype and one.shape == other.shape
-    return is_alike and (is_alias or torch.equal(one, other))
+def _is_same(one: StoredTensor, other: StoredTensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    first, second = one.read(), other.read()
+    # Mostly both names lie on the same bytes of the file, which then need not be compared.
+    is_alias = first.data_ptr() == second.data_ptr() and first.stride() == second.stride()
+    return is_alias or torch.equal(first, second)
 
 
-def _read_head(source: object, name: str, tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> Tensor:
+def _read_head(
+    source: object, name: str, tensors: Mapping[str, StoredTensor], config: PreTrainedConfig
+) -> Tensor:
     if name not in tensors:
         raise _missing_head(source, name)
-    weight = tensors[name]
+    stored = tensors[name]
     hidden = config.get_text_config(decoder=True).hidden_size
-    if tuple(weight.shape) != (1, hidden):
+    if stored.shape != (1, hidden):
         raise ModelLoadError(
-            f"{source}: the reward head {name!r} has shape {list(weight.shape)}, not [1, {hidden}]",
+            f"{stored.file}: the reward head {name!r} has shape {list(stored.shape)}, not [1, {hidden}]",
             remedy="the head belongs to another model, or gives several numbers instead of one",
         )
-    weight_1D = weight.detach().float().clone()
+    weight_1D = stored.read().detach().float().clone()
     if not bool(weight_1D.isfinite().all()):
         raise ModelLoadError(
-            f"{source}: the reward head {name!r} has values that are NaN or infinite",
+            f"{stored.file}: the reward head {name!r} has values that are NaN or infinite",
             remedy="the file is damaged; fetch it again",
         )
     return weight_1D
@@ -257,33 +264,13 @@ def _missing_head(source: object, name: str) -> ModelLoadError:
 def _load_decoder(
     source: object,
     config: PreTrainedConfig,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, StoredTensor],
     *,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Build the decoder of a configuration and fill it; every tensor must find its place."""
-    with torch.device("meta"):
-        skeleton: PreTrainedModel = AutoModel.from_config(  # type: ignore[no-untyped-call]
-            config, trust_remote_code=trust_remote_code
-        )
-    prefix = f"{skeleton.base_model_prefix}."
-    state = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if not name.endswith(_ROTARY_BUFFER)
-    }
-    loaded: Any = type(skeleton).from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=dtype,
-        output_loading_info=True,
-        # Reported below with the names; never used with the random values that would take their place.
-        ignore_mismatched_sizes=True,
-    )
-    model: PreTrainedModel = loaded[0]
-    report: dict[str, Any] = loaded[1]
+    model, report = _build_decoder(source, config, tensors, dtype=dtype, trust_remote_code=trust_remote_code)
     for key, problem in (
         ("missing_keys", "lacks the tensor"),
         ("mismatched_keys", "has another shape than the model needs in the tensor"),
@@ -291,12 +278,54 @@ def _load_decoder(
     ):
         names = sorted(entry if isinstance(entry, str) else entry[0] for entry in report[key])
         if names:
+            files = {tensor.file for tensor in tensors.values()}
+            where = files.pop() if len(files) == 1 else source
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ModelLoadError(
-                f"{source} {problem} {names[0]!r}{more} ({type(model).__name__})",
+                f"{where} {problem} {names[0]!r}{more} ({type(model).__name__})",
                 remedy="the file is incomplete, or its config.json is another model's; fetch both again",
             )
     return model
+
+
+def _build_decoder(
+    source: object,
+    config: PreTrainedConfig,
+    tensors: Mapping[str, StoredTensor],
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The decoder with what fits, and transformers' report of what does not."""
+    try:
+        with torch.device("meta"):
+            skeleton: PreTrainedModel = AutoModel.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=trust_remote_code
+            )
+        prefix = f"{skeleton.base_model_prefix}."
+        state = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if not name.endswith(_ROTARY_BUFFER)
+        }
+        loaded: Any = type(skeleton).from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=dtype,
+            output_loading_info=True,
+            # The caller reports them with the names; the random values in their place are never used.
+            ignore_mismatched_sizes=True,
+        )
+    except ModelLoadError:
+        raise
+    # Hostile or damaged configurations fail in as many ways as there are values.
+    except Exception as error:
+        raise ModelLoadError(
+            f"{source} cannot be loaded as a reward model: {type(error).__name__}: {error}",
+            remedy="check that config.json belongs to these weights, and fetch both again",
+        ) from error
+    return loaded[0], loaded[1]
 
 
 def read_reward_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool) -> RewardParts:
