@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,8 +111,14 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, TensorGroup], dict[str, Any]]:
+def load_checkpoint(
+    path: str | os.PathLike[str], *, groups: Collection[str] | None = None
+) -> tuple[dict[str, TensorGroup], dict[str, Any]]:
     """Verify a checkpoint folder against its manifest, then read it.
+
+    Args:
+        path: the folder.
+        groups: tensor groups to read; None reads all. All are verified.
 
     Returns:
         `(tensors, state)` as given to `save_checkpoint`, tensors on the CPU.
@@ -129,7 +135,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, TensorGroup
         )
     document = json.loads((path / STATE_NAME).read_text(encoding="utf-8"))
     aliases: dict[str, dict[str, str]] = document["aliases"]
-    tensors = {name: read_group(path / f"{name}.safetensors", aliases[name]) for name in aliases}
+    tensors = {
+        name: read_group(path / f"{name}.safetensors", aliases[name])
+        for name in aliases
+        if groups is None or name in groups
+    }
     return tensors, document["state"]
 
 

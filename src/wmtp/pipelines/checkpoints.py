@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from wmtp.components.loader.checkpoint_loader import find_checkpoint
+from wmtp.components.loader.training_state import holds_adapters_only
 from wmtp.components.tokenizer import HfTokenizer
+from wmtp.distributed.checkpoint import load_checkpoint
 from wmtp.exceptions import CheckpointError
-from wmtp.factory import ComponentFactory
 from wmtp.modeling import MTPModel
 from wmtp.modeling.lora import check_same_base
 from wmtp.modeling.trainable import load_checkpoint_tensors
@@ -25,7 +27,7 @@ class LocatedModel:
 
     Attributes:
         path: a model folder or id, or a `step-N` or run folder.
-        is_training_state: whether it holds tensors of a training run only, to be put into the recipe's base.
+        is_training_state: whether it is training checkpoints, which have no tokenizer.
     """
 
     path: str
@@ -58,7 +60,11 @@ def locate_model(config: Config, path: str) -> LocatedModel:
 def load_located(
     config: Config, recipe: Recipe, environment: Environment, located: LocatedModel, options: RunOptions
 ) -> tuple[MTPModel, HfTokenizer]:
-    """Load the model with `model.mtp.horizon` heads, and its tokenizer."""
+    """Load the model with the heads of `model.mtp`, and its tokenizer.
+
+    A training checkpoint is a model in itself; its tokenizer is the one of the recipe or of the recipe's
+    base, and so are the frozen tensors of one that holds LoRA adapters.
+    """
     trust = options.trust_remote_code
     if not located.is_training_state:
         path = prepare_builtin_model(located.path, config, dry_run=False, options=options)
@@ -67,14 +73,19 @@ def load_located(
     base_path = prepare_builtin_model(
         require_model(config, recipe, "base").path, config, dry_run=False, options=options
     )
-    checkpoint = ComponentFactory.create_checkpoint_loader(config).run(located.path)
+    tokenizer = load_tokenizer(config, recipe, base_path, trust_remote_code=trust)
+    step = find_checkpoint(Path(located.path))
+    _, state = load_checkpoint(step, groups=())
+    if not holds_adapters_only(state):
+        return load_base(config, recipe, environment, str(step), trust_remote_code=trust).model, tokenizer
     loaded = load_base(config, recipe, environment, base_path, with_adapters=True, trust_remote_code=trust)
-    check_same_base(loaded.model, checkpoint.state.get("base"))
+    check_same_base(loaded.model, state["base"])
+    tensors, _ = load_checkpoint(step, groups=("model",))
     try:
-        load_checkpoint_tensors(loaded.model, checkpoint.tensors["model"])
+        load_checkpoint_tensors(loaded.model, tensors["model"])
     except RuntimeError as error:
         raise CheckpointError(
-            f"{checkpoint.path} does not fit the base model of this recipe: {error}",
+            f"{step} does not fit the base model of this recipe: {error}",
             remedy="use the recipe (base model and horizon) of the run",
         ) from error
-    return loaded.model, load_tokenizer(config, recipe, base_path, trust_remote_code=trust)
+    return loaded.model, tokenizer

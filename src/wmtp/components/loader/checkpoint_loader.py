@@ -54,23 +54,31 @@ class CheckpointLoader(Component[str, LoadedCheckpoint]):
             CheckpointError: there is none that is whole.
         """
         _, resolved = PathResolver().resolve(context)
-        folder = Path(resolved)
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"there is no checkpoint at {context}",
-                remedy="give a run folder or one of its step-N folders",
-            )
-        path: Path | None = folder
-        if not folder.name.startswith("step-"):
-            path, skipped = find_latest_valid(folder)
-            for skipped_path, reason in skipped:
-                logger.warning("checkpoint %s was skipped: %s", skipped_path, reason)
-            if path is None:
-                raise CheckpointError(
-                    f"{context} holds no valid checkpoint"
-                    + "".join(f"\n  {skipped_path.name}: {reason}" for skipped_path, reason in skipped),
-                    remedy="start the run anew without --resume",
-                )
-        assert path is not None
+        path = find_checkpoint(Path(resolved))
         tensors, state = load_checkpoint(path)
         return LoadedCheckpoint(path, state["step"], state["epoch"], state["mlflow_run_id"], tensors, state)
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """Return a `step-N` folder as it is, and of a run folder the newest valid one, with a warning for each
+    that was skipped.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"there is no checkpoint at {folder}", remedy="give a run folder or one of its step-N folders"
+        )
+    if folder.name.startswith("step-"):
+        return folder
+    path, skipped = find_latest_valid(folder)
+    for skipped_path, reason in skipped:
+        logger.warning("checkpoint %s was skipped: %s", skipped_path, reason)
+    if path is None:
+        raise CheckpointError(
+            f"{folder} holds no valid checkpoint"
+            + "".join(f"\n  {skipped_path.name}: {reason}" for skipped_path, reason in skipped),
+            remedy="start the run anew without --resume",
+        )
+    return path

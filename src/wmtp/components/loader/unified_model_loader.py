@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from wmtp.components.base import Component
 from wmtp.components.loader.builtin import MICRO_LLAMA, build_micro_llama
+from wmtp.components.loader.training_state import read_training_state
 from wmtp.components.registry import loader_registry
 from wmtp.exceptions import ModelLoadError
 from wmtp.modeling import MTPModel
-from wmtp.modeling.heads import Adapter, HeadForm
+from wmtp.modeling.formats.kinds import ModelKind, detect_causal_lm
+from wmtp.modeling.formats.load import assemble, read_parts
+from wmtp.modeling.formats.parts import LoadedParts
+from wmtp.modeling.formats.sources import CONFIG_FILE, LocalSource, ModelSource, locate_source
+from wmtp.modeling.heads import Adapter, HeadForm, HeadRequest
 from wmtp.settings import Config
 from wmtp.storage import PathResolver
 
@@ -43,15 +49,26 @@ class ModelLoaderContext:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model and what a collator must know of it: `{"training_algorithm": "mtp", "horizon": H}`."""
+    """A model and what is known of it.
+
+    Attributes:
+        model: the model.
+        metadata: `training_algorithm` ("mtp"), `horizon` and `offsets`, which a collator must know; and
+            `kind`, a `ModelKind` or "builtin".
+    """
 
     model: MTPModel
     metadata: dict[str, Any]
 
 
-@loader_registry.register("unified-model-loader", version="1.0.0", description="Hugging Face and WMTP models")
+@loader_registry.register(
+    "unified-model-loader", version="1.0.0", description="language models of every kind"
+)
 class UnifiedModelLoader(Component[ModelLoaderContext, LoadedModel]):
-    """Loads Hugging Face directories and hub ids, exports of this tool, and the built-in models."""
+    """Loads every kind of causal language model, told by its files, and the built-in ones.
+
+    A `step-N` folder, or a run folder (its export, else its newest valid step), needs nothing besides.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -60,10 +77,15 @@ class UnifiedModelLoader(Component[ModelLoaderContext, LoadedModel]):
         """Load the model.
 
         Raises:
-            ModelLoadError: nothing that can be loaded is there.
+            ModelLoadError: nothing that can be loaded is there, or a reward model.
+            CheckpointError: training checkpoints, none of which is whole.
+            UserInputError: heads that cannot be had from this model.
         """
-        kind, path = PathResolver().resolve(context.model_path)
-        if path == MICRO_LLAMA:
+        request = HeadRequest(
+            horizon=context.horizon, head=context.head, adapter=context.adapter, offsets=context.offsets
+        )
+        kind: str
+        if context.model_path == MICRO_LLAMA:
             model = MTPModel.from_causal_lm(
                 build_micro_llama(),
                 horizon=context.horizon or 1,
@@ -72,21 +94,38 @@ class UnifiedModelLoader(Component[ModelLoaderContext, LoadedModel]):
                 offsets=context.offsets,
             )
             model.to(context.dtype)
-        elif kind in ("local", "hub"):
-            model = MTPModel.from_pretrained(
-                path,
-                horizon=context.horizon,
-                head=context.head,
-                adapter=context.adapter,
-                offsets=context.offsets,
-                dtype=context.dtype,
-                trust_remote_code=context.trust_remote_code,
-            )
+            kind = "builtin"
         else:
-            raise ModelLoadError(
-                f"models cannot be loaded from {context.model_path}",
-                remedy=f"give a directory, a hub id, or {MICRO_LLAMA}",
-            )
-        return LoadedModel(
-            model, {"training_algorithm": "mtp", "horizon": model.horizon, "offsets": list(model.offsets)}
+            source = _open_source(context.model_path)
+            kind = detect_causal_lm(source)
+            model = assemble(MTPModel, _read(source, kind, context), request, str(source))
+        metadata = {
+            "training_algorithm": "mtp",
+            "horizon": model.horizon,
+            "offsets": list(model.offsets),
+            "kind": str(kind),
+        }
+        return LoadedModel(model, metadata)
+
+
+def _open_source(model_path: str) -> ModelSource:
+    """The files of a model; a run folder that has an export is that export."""
+    where, path = PathResolver().resolve(model_path)
+    if where not in ("local", "hub"):
+        raise ModelLoadError(
+            f"models cannot be loaded from {model_path}",
+            remedy=f"give a directory, a hub id, or {MICRO_LLAMA}",
         )
+    final = Path(path) / "final"
+    return locate_source(final if where == "local" and (final / CONFIG_FILE).is_file() else path)
+
+
+def _read(source: ModelSource, kind: ModelKind, context: ModelLoaderContext) -> LoadedParts:
+    if kind is ModelKind.WMTP_CHECKPOINT:
+        if not isinstance(source, LocalSource):
+            raise ModelLoadError(
+                f"{source} is {kind.description}, which is only read from a local directory",
+                remedy="copy it here, or write the model it holds with `wmtp export`",
+            )
+        return read_training_state(source.directory, dtype=context.dtype)
+    return read_parts(source, kind, dtype=context.dtype, trust_remote_code=context.trust_remote_code)

@@ -65,15 +65,23 @@ def read_safe_config(source: ModelSource) -> dict[str, Any]:
             belongs to an adapter.
     """
     config = read_source_json(source, CONFIG_FILE)
-    key = next(_code_keys(config), None)
-    if key is not None:
-        raise ModelLoadError(
-            f"{source}/{CONFIG_FILE} has {key[0]!r}: {key[1]!r}, which can make the loader run code that is "
-            "not part of this program",
-            remedy="use a model without it; or read that code, then pass trust_remote_code=True "
-            "(--trust-remote-code)",
-        )
+    _refuse_code(config, f"{source}/{CONFIG_FILE}")
     return config
+
+
+def check_config(content: dict[str, Any], file: str, num_tensors: int) -> None:
+    """Refuse a configuration that would make the loader run code, or build more than the weights can fill.
+
+    Raises:
+        ModelLoadError: `file` has such a key; the message names it.
+    """
+    _refuse_code(content, file)
+    for key, value in _walk(content):
+        if key in _LAYER_COUNTS and isinstance(value, int) and value > num_tensors:
+            raise ModelLoadError(
+                f"{file} has {key} {value}, and the weights have {num_tensors} tensors altogether",
+                remedy="config.json belongs to other weights; fetch both again",
+            )
 
 
 def build_config(content: dict[str, Any], file: str) -> PreTrainedConfig:
@@ -138,10 +146,11 @@ def load_causal_lm(source: ModelSource, *, dtype: torch.dtype, trust_remote_code
     if trust_remote_code and any(_code_keys(read_source_json(source, CONFIG_FILE))):
         return _load_with_its_own_code(source, dtype)
     file = f"{source}/{CONFIG_FILE}"
-    content = read_safe_config(source)
+    content = read_source_json(source, CONFIG_FILE)
+    _refuse_code(content, file)
     _check_architecture(file, content)
     tensors = open_weights(source)
-    _check_layer_counts(file, content, len(tensors))
+    check_config(content, file, len(tensors))
     config = build_config(content, file)
     config.name_or_path = str(source)
     generation_config = _read_generation_config(source)
@@ -251,15 +260,6 @@ def _check_architecture(file: str, content: dict[str, Any]) -> None:
         )
 
 
-def _check_layer_counts(file: str, content: dict[str, Any], num_tensors: int) -> None:
-    for key, value in _walk(content):
-        if key in _LAYER_COUNTS and isinstance(value, int) and value > num_tensors:
-            raise ModelLoadError(
-                f"{file} has {key} {value}, and the weights have {num_tensors} tensors altogether",
-                remedy="config.json belongs to other weights; fetch both again",
-            )
-
-
 def _read_generation_config(source: ModelSource) -> GenerationConfig | None:
     if GENERATION_FILE not in source.names():
         return None
@@ -322,6 +322,17 @@ def _quiet_transformers() -> Iterator[None]:
         yield
     finally:
         reporter.removeFilter(drop)
+
+
+def _refuse_code(content: dict[str, Any], file: str) -> None:
+    key = next(_code_keys(content), None)
+    if key is not None:
+        raise ModelLoadError(
+            f"{file} has {key[0]!r}: {key[1]!r}, which can make the loader run code that is not part of this "
+            "program",
+            remedy="use a model without it; or read that code, then pass trust_remote_code=True "
+            "(--trust-remote-code)",
+        )
 
 
 def _code_keys(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:

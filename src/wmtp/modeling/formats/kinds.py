@@ -122,7 +122,7 @@ def detect_reward_model(source: ModelSource) -> ModelKind:
     kind = detect_kind(source)
     if kind not in REWARD_KINDS:
         raise ModelLoadError(
-            f"{source} is {kind.description}, not a reward model",
+            f"{source} is {kind.description}, not a reward model: it has no reward head",
             remedy=f"a reward model has {_NEEDS[ModelKind.STARLING_REWARD]}, or is of the architecture "
             "...ForSequenceClassification with one label",
         )
@@ -171,6 +171,9 @@ def _has_starling_head(source: ModelSource, names: frozenset[str]) -> bool:
 def _nothing_found(source: ModelSource, names: frozenset[str]) -> ModelLoadError:
     folders = source.subfolders()
     listed = [*sorted(names), *(f"{folder}/" for folder in folders)]
+    lone = lone_torch_file(names)
+    if lone is not None:
+        listed[listed.index(lone)] = f"{lone}, which has no tensor {STARLING_HEAD!r}"
     needs = "".join(f"\n  {kind.description} needs {_NEEDS[kind]}" for kind in ModelKind)
     remedy = "give a model's directory, or a hub id"
     if folders:

@@ -34,7 +34,7 @@ def load_mtp_model(
     trust_remote_code: bool,
 ) -> ModelT:
     """Load a model; arguments and errors as for `MTPModel.from_pretrained`, and `path` may be a source."""
-    source = locate_source(path) if isinstance(path, (str, Path)) else path
+    source = locate_source(path) if isinstance(path, str | Path) else path
     parts = read_parts(source, detect_causal_lm(source), dtype=dtype, trust_remote_code=trust_remote_code)
     return assemble(model_class, parts, request, str(source))
 

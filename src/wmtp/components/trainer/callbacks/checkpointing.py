@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from wmtp.components.loader.training_state import ARCHITECTURE_KEY, describe_architecture
 from wmtp.components.trainer.callbacks.base import Callback
 from wmtp.distributed.checkpoint import save_checkpoint
 from wmtp.distributed.checkpoint_optimizer import flatten_optimizer_state, restore_optimizer_state
@@ -73,6 +74,7 @@ class CheckpointCallback(Callback):
             "epoch": context.data.plan.locate(run.step * run.micro_batches_per_step)[0],
             "training": run.state_dict(),
             "optimizer": optimizer_state,
+            ARCHITECTURE_KEY: describe_architecture(context.model),
             # With LoRA the frozen tensors are left out: this says whose they are.
             "base": None if context.model.lora is None else context.model.lora.base,
         }

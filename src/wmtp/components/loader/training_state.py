@@ -1,0 +1,101 @@
+"""Models out of training checkpoints, which describe the model they hold beside its tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from wmtp.components.loader.checkpoint_loader import find_checkpoint
+from wmtp.distributed.checkpoint import STATE_NAME, load_checkpoint
+from wmtp.exceptions import ModelLoadError, UserInputError
+from wmtp.modeling import MTPModel
+from wmtp.modeling.formats.hugging_face import build_config, causal_lm_class, check_config, text_config
+from wmtp.modeling.formats.parts import LoadedParts
+from wmtp.modeling.formats.tensors import check_tensors, shapes_of
+from wmtp.modeling.heads import HEAD_FORMS, SavedHeads, check_offsets
+from wmtp.modeling.state_dict import tied_names
+
+ARCHITECTURE_KEY = "architecture"
+_TRUNK = "causal_lm."
+
+
+def describe_architecture(model: MTPModel) -> dict[str, Any]:
+    """What the JSON state of a checkpoint says of its model, so that it can be built without its base."""
+    return {
+        "config": json.loads(model.config.to_json_string()),
+        "head": model.head_form,
+        "offsets": list(model.offsets),
+    }
+
+
+def holds_adapters_only(state: dict[str, Any]) -> bool:
+    """Whether a checkpoint's state is one of LoRA, whose frozen tensors are in the base model alone."""
+    return state.get("base") is not None
+
+
+def read_training_state(folder: Path, *, dtype: torch.dtype) -> LoadedParts:
+    """Read the model of a `step-N` folder, or of the newest valid one of a run folder.
+
+    Raises:
+        CheckpointError: no checkpoint there is whole.
+        ModelLoadError: it does not describe its model, holds adapters only, or its tensors do not fit.
+    """
+    path = find_checkpoint(folder)
+    groups, state = load_checkpoint(path, groups=("model",))
+    file = str(path / STATE_NAME)
+    if holds_adapters_only(state):
+        raise ModelLoadError(
+            f"{path} holds LoRA adapters and heads only; the other tensors are those of its base model",
+            remedy="evaluate or export it with the recipe of the run, which names the base",
+        )
+    saved, content = _read_description(state, file)
+    tensors = groups.get("model", {})
+    weights = str(path / "model.safetensors")
+    check_config(content, file, len(tensors))
+    causal_lm = _build(content, file)
+    _fill(causal_lm, tensors, weights)
+    # Training keeps the parameters in fp32; whoever only uses the model may want less.
+    causal_lm.to(dtype).eval()  # type: ignore[arg-type]
+
+    def head_tensors(head: int) -> dict[str, Tensor]:
+        prefix = f"extra_heads.{head - 1}."
+        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+    return LoadedParts(causal_lm, saved, head_tensors, weights)
+
+
+def _read_description(state: dict[str, Any], file: str) -> tuple[SavedHeads, dict[str, Any]]:
+    described = state.get(ARCHITECTURE_KEY)
+    try:
+        if isinstance(described, dict) and isinstance(described["config"], dict):
+            form = described["head"]
+            if form in HEAD_FORMS:
+                return SavedHeads(form, check_offsets(described["offsets"])), described["config"]
+    except (UserInputError, KeyError, TypeError):
+        pass
+    raise ModelLoadError(
+        f"{file} does not describe the model ({ARCHITECTURE_KEY}: config, head, offsets)",
+        remedy="it was written by another version of wmtp; resume the run, or use its `final` folder",
+    )
+
+
+def _build(content: dict[str, Any], file: str) -> PreTrainedModel:
+    config = build_config(content, file)
+    model_class = causal_lm_class(config, file)
+    with torch.random.fork_rng(devices=[]):
+        model: PreTrainedModel = model_class(text_config(config, model_class))
+    return model
+
+
+def _fill(causal_lm: PreTrainedModel, tensors: dict[str, Tensor], file: str) -> None:
+    own = {name.removeprefix(_TRUNK): t for name, t in tensors.items() if name.startswith(_TRUNK)}
+    for name, kept in tied_names(causal_lm).items():
+        if kept in own:
+            own.setdefault(name, own[kept])
+    check_tensors(file, shapes_of(causal_lm.state_dict()), shapes_of(own))
+    causal_lm.load_state_dict(own)
