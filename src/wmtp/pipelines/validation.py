@@ -26,6 +26,7 @@ from wmtp.pipelines.meta_models import (
 )
 from wmtp.pipelines.models import load_own_tokenizer, load_tokenizer
 from wmtp.pipelines.outputs import RunOptions
+from wmtp.pipelines.rewards import load_reward_tokenizer, needs_reward_model
 from wmtp.settings import (
     Config,
     ModelChoice,
@@ -229,6 +230,12 @@ def _check_tokenizers(config: Config, recipe: Recipe, options: RunOptions) -> li
         if reference is not None:
             pair = compare_tokenizers(base, reference)
             findings.append(Finding("reference tokenizer", pair.describe()))
+    choice = find_model(config, recipe, "rm")
+    if needs_reward_model(recipe) and choice is not None:
+        rewarding = load_reward_tokenizer(
+            config, recipe, choice.path, trust_remote_code=options.trust_remote_code
+        )
+        findings.append(Finding("reward tokenizer", compare_tokenizers(base, rewarding).describe()))
     return findings
 
 
@@ -252,7 +259,8 @@ def _check_dataset(config: Config, recipe: Recipe, source: str, split: Split) ->
 
 
 def _check_sandbox(recipe: Recipe) -> list[Finding]:
-    needs_execution = bool(recipe.eval.datasets) or recipe.train.algo == "critic-wmtp"
+    is_critic, source = recipe.train.algo == "critic-wmtp", recipe.critic.reward.source
+    needs_execution = bool(recipe.eval.datasets) or (is_critic and source == "execution")
     if not needs_execution:
         return []
     status = check_sandbox()
