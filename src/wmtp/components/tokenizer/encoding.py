@@ -69,6 +69,8 @@ class PieceEncoder:
         open_indices = list(range(len(texts)))
         for anchor in _ANCHORS:
             anchor_ids = self._encode([anchor])[0].input_ids
+            if self._tokenizer.unk_token_id in anchor_ids:
+                continue  # what is unknown may be fused with what follows, and cut off with it
             anchored = self._encode([anchor + texts[index] for index in open_indices])
             for index, encoded in zip(open_indices, anchored, strict=True):
                 if encoded.input_ids[: len(anchor_ids)] == anchor_ids:

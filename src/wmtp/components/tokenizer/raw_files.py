@@ -106,14 +106,16 @@ def load_raw_tokenizer(file: Path) -> PreTrainedTokenizerFast:
         backend.post_processor = processors.TemplateProcessing(
             single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, backend.token_to_id(bos))]
         )
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers does not annotate it
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers does not annotate it
         tokenizer_object=backend,
-        name_or_path=str(file),
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
         padding_side="right",
         **special,
     )
+    # Given to the constructor, transformers would look the path up as a name on the hub.
+    tokenizer.name_or_path = str(file)
+    return tokenizer
 
 
 def _raw_files_in(folder: Path) -> list[Path]:
@@ -146,7 +148,7 @@ def _read_tekken(file: Path) -> tuple[Tokenizer, dict[str, str]]:
         # A word of the text that is looked up whole would be taken for the special token of that name.
         if token_id in backend.encode(token.content, add_special_tokens=False).ids:
             raise ModelLoadError(
-                f"{file} cannot be converted exactly: {token.content!r} in a text would end as a special token",
+                f"{file} cannot be converted exactly: {token.content!r} in a text would be a special token",
                 remedy="use the model's tokenizer.json (model.tokenizer.type: hf)",
             )
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
