@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -21,7 +20,7 @@ def export(
         str,
         typer.Option(help="Run folder, step-N folder, export, model folder or hub id.", show_default=False),
     ],
-    output: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    output: Annotated[str, typer.Option(help="Folder to write.", show_default=False)],
     format_name: Annotated[
         Literal["hf", "meta"],
         typer.Option("--format", help="Hugging Face, or Meta's native multi-token prediction layout."),

@@ -192,13 +192,10 @@ def export_state(config: Config, recipe: Recipe, parts: RunParts, paths: RunPath
     if not folder.exists():
         with publish_directory(folder) as staging:
             tokenizer.save_pretrained(staging)
-    model, lora = parts.model, recipe.model.lora
-    generation_config = model.causal_lm.generation_config
+    lora = recipe.model.lora
+    generation_config = parts.model.causal_lm.generation_config
     return {
         "metadata": describe_run(config, recipe, parts.base_path),
-        "config": json.loads(model.config.to_json_string(use_diff=False)),
-        "head": model.head_form,
-        "offsets": list(model.offsets),
         "base": parts.base_path,
         "lora": None if lora is None else lora.model_dump(mode="json"),
         "generation_config": {} if generation_config is None else generation_config.to_diff_dict(),

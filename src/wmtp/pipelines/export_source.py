@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from wmtp import __version__
 from wmtp.components.loader import MICRO_LLAMA, ModelLoaderContext
+from wmtp.components.loader.checkpoint_loader import find_checkpoint
+from wmtp.components.loader.training_state import ARCHITECTURE_KEY, holds_adapters_only
 from wmtp.components.tokenizer import HfTokenizer
 from wmtp.components.tokenizer.hf import TokenizerSettings
 from wmtp.components.tokenizer.raw_files import load_raw_tokenizer
-from wmtp.distributed.checkpoint import STATE_NAME, find_latest_valid, load_checkpoint
-from wmtp.exceptions import CheckpointError, ModelLoadError, UserInputError
+from wmtp.distributed.checkpoint import STATE_NAME, load_checkpoint
+from wmtp.exceptions import ModelLoadError, UserInputError
 from wmtp.factory import ComponentFactory
 from wmtp.modeling import MTPModel
 from wmtp.modeling.formats.kinds import PARAMS_FILE
@@ -35,8 +36,6 @@ from wmtp.pipelines.checkpoints import LocatedModel, locate_model
 from wmtp.pipelines.provenance import hub_id, public_name
 from wmtp.settings import Config
 from wmtp.storage import PathResolver
-
-logger = logging.getLogger(__name__)
 
 TOKENIZER_MODEL = "tokenizer.model"
 RUN_TOKENIZER = "tokenizer"
@@ -116,7 +115,7 @@ class ExportSource:
         """
         if self.training_state is not None:
             return ReadModel(
-                model=self._load_step(self.training_state["export"]),
+                model=self._load_step(self.training_state),
                 dtype=dtype or torch.float32,
                 tokenizer=self._tokenizer(),
                 tokenizer_model=None,
@@ -136,44 +135,28 @@ class ExportSource:
             tokenizer_model=self._tokenizer_model(),
         )
 
-    def _load_step(self, described: dict[str, Any]) -> MTPModel:
-        """Build the model that a `step-N` folder has the tensors of."""
-        tensors, state = load_checkpoint(self.path)
-        if described["lora"] is None:
-            try:
-                config = AutoConfig.for_model(**described["config"])
-                causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            except ValueError as error:
-                raise CheckpointError(
-                    f"{self.path} is of a kind of model that transformers does not know: {error}",
-                    remedy="export the finished run (final)",
-                ) from error
-            model = MTPModel(causal_lm, form=described["head"], offsets=described["offsets"])
+    def _load_step(self, state: dict[str, Any]) -> MTPModel:
+        """Load the model of a `step-N` folder; with LoRA, on the base that the run was started from."""
+        described = state["export"]
+        loader = ComponentFactory.create_model_loader(Config())
+        if not holds_adapters_only(state):
+            model: MTPModel = loader.run(ModelLoaderContext(self.path)).model
         else:
-            # The frozen matrices are not in the checkpoint.
-            model = self._load_base(described)
+            heads = state[ARCHITECTURE_KEY]
+            model = loader.run(
+                ModelLoaderContext(
+                    described["base"],
+                    horizon=len(heads["offsets"]),
+                    head=heads["head"],
+                    offsets=heads["offsets"],
+                    trust_remote_code=self.trust_remote_code,
+                )
+            ).model
+            add_lora(model, **described["lora"])
             check_same_base(model, state["base"])
-        try:
+            tensors, _ = load_checkpoint(self.path)
             load_checkpoint_tensors(model, tensors["model"])
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"{self.path} does not hold the model it describes: {error}",
-                remedy="export another step of the run",
-            ) from error
-        generation_config = GenerationConfig.from_dict(described["generation_config"])
-        model.causal_lm.generation_config = generation_config
-        return model
-
-    def _load_base(self, described: dict[str, Any]) -> MTPModel:
-        context = ModelLoaderContext(
-            described["base"],
-            horizon=len(described["offsets"]),
-            head=described["head"],
-            offsets=described["offsets"],
-            trust_remote_code=self.trust_remote_code,
-        )
-        model: MTPModel = ComponentFactory.create_model_loader(Config()).run(context).model
-        add_lora(model, **described["lora"])
+        model.causal_lm.generation_config = GenerationConfig.from_dict(described["generation_config"])
         return model
 
     def _stored_dtype(self) -> torch.dtype | None:
@@ -236,22 +219,10 @@ def read_source(checkpoint: str, *, trust_remote_code: bool) -> ExportSource:
     located = (
         LocatedModel(resolved, is_training_state=False) if is_native else locate_model(Config(), checkpoint)
     )
-    path = _newest_step(Path(located.path)) if located.is_training_state else located.path
+    path = str(find_checkpoint(Path(located.path))) if located.is_training_state else located.path
     files = locate_source(path)
     state = _training_state(files) if located.is_training_state else None
     return ExportSource(path=path, files=files, training_state=state, trust_remote_code=trust_remote_code)
-
-
-def _newest_step(folder: Path) -> str:
-    if folder.name.startswith("step-"):
-        return str(folder)
-    newest, skipped = find_latest_valid(folder)
-    reasons = "".join(f"\n  {path.name}: {reason}" for path, reason in skipped)
-    if newest is None:
-        raise CheckpointError(f"{folder} holds no valid checkpoint{reasons}", remedy="train it first")
-    if skipped:
-        logger.warning("newer checkpoints were skipped:%s", reasons)
-    return str(newest)
 
 
 def _training_state(files: ModelSource) -> dict[str, Any]:
