@@ -17,16 +17,19 @@ from wmtp.modeling import MTPModel, choose_trainable
 from wmtp.modeling.formats.export import read_saved_heads
 from wmtp.modeling.formats.kinds import PARAMS_FILE, ModelKind
 from wmtp.modeling.formats.meta_native import native_config
+from wmtp.modeling.formats.reward import derive_llama_config
 from wmtp.modeling.formats.sources import (
     CONFIG_FILE,
+    TORCH_SUFFIXES,
     WMTP_FILE,
+    LocalSource,
     ModelFiles,
     ModelSource,
     locate_source,
     read_safe_config,
     read_source_json,
 )
-from wmtp.modeling.formats.tensors import TORCH_SUFFIXES
+from wmtp.modeling.formats.tensors import open_tensors
 from wmtp.modeling.heads import HeadRequest, SavedHeads, plan_heads
 from wmtp.modeling.lora import add_lora
 from wmtp.settings import Recipe
@@ -73,7 +76,7 @@ class ModelDescription:
         # Layers of the next-token model: the blocks of further heads are counted as heads.
         sizes = f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}"
         sizes += f", vocabulary {self.vocab_size}"
-        title = "a built-in model" if self.kind is None else self.kind.title
+        title = "a built-in model" if self.kind is None else self.kind.description
         return f"{title}: {sizes}{heads}{self.note and f' ({self.note})'}"
 
 
@@ -96,7 +99,7 @@ def describe_causal_lm(path: str, *, trust_remote_code: bool) -> ModelDescriptio
         return ModelDescription(path, kind, llama, SavedHeads("transformer", tuple(range(1, num_heads + 1))))
     if kind is ModelKind.SEQUENCE_CLASSIFICATION:
         raise ModelLoadError(
-            f"{source} is {kind.title}, not a causal language model",
+            f"{source} is {kind.description}, not a causal language model",
             remedy="give a language model here; reward models go to model.rm_id or paths.models.rm",
         )
     files = _config_folder(source)
@@ -112,9 +115,8 @@ def describe_reward_model(path: str, *, trust_remote_code: bool) -> ModelDescrip
     """
     source = locate_source(path)
     if CONFIG_FILE not in source.names() and any(name.endswith(TORCH_SUFFIXES) for name in source.names()):
-        # Published without a configuration, which its tensors tell when they are loaded.
-        note = f"no {CONFIG_FILE}; taken for a Llama 2 7B until its tensors are read"
-        return ModelDescription(path, ModelKind.STARLING_REWARD, LlamaConfig(), SavedHeads(), note)
+        llama, note = _starling_config(source)
+        return ModelDescription(path, ModelKind.STARLING_REWARD, llama, SavedHeads(), note)
     kind = _kind_of_description(source)
     config = _read_config(_config_folder(source), trust_remote_code=trust_remote_code)
     if kind is not ModelKind.SEQUENCE_CLASSIFICATION:
@@ -197,6 +199,18 @@ def _kind_of_description(source: ModelSource) -> ModelKind:
     if any(str(name).endswith("ForSequenceClassification") for name in architectures):
         return ModelKind.SEQUENCE_CLASSIFICATION
     return ModelKind.HUGGING_FACE
+
+
+def _starling_config(source: ModelSource) -> tuple[LlamaConfig, str]:
+    """The configuration of a reward model that was published without one, and what was assumed."""
+    files = [name for name in source.names() if name.endswith(TORCH_SUFFIXES)]
+    if not isinstance(source, LocalSource) or len(files) != 1:
+        return LlamaConfig(), f"no {CONFIG_FILE}; taken for a Llama 2 7B until its tensors are read"
+    decoder = {
+        name.removeprefix("model.model.").removeprefix("transformer."): tensor
+        for name, tensor in open_tensors(source, files[0]).stored().items()
+    }
+    return derive_llama_config(source, decoder), f"no {CONFIG_FILE}; sizes from the shapes of its tensors"
 
 
 def _config_folder(source: ModelSource) -> ModelFiles:

@@ -177,15 +177,19 @@ def _check_shapes(
     heads = f"{model.horizon} of the form {model.head_form}, offsets {list(model.offsets)}"
     heads += f"; the checkpoint has {found}, model.mtp.horizon asks for {asked}"
     learned = trainable_parameters(model)
-    adapters = "" if recipe.model.lora is None else f", LoRA of rank {recipe.model.lora.rank}"
+    names = frozenset() if model.lora is None else model.lora.parameter_names
+    adapters = sum(parameter.numel() for name, parameter in model.named_parameters() if name in names)
+    with_adapters = f", and {adapters:,} in adapters" if adapters else ""
     findings = [
         Finding("heads", heads),
         *(Finding("heads", message, is_ok=False) for message in warned),
-        Finding("parameters", f"{model.num_parameters:,} with {model.horizon} heads"),
+        Finding(
+            "parameters", f"{model.num_parameters - adapters:,} with {model.horizon} heads{with_adapters}"
+        ),
         Finding(
             "trained",
             f"{learned:,} parameters, {model.num_parameters - learned:,} frozen "
-            f"(model.trainable: {recipe.model.trainable}{adapters})",
+            f"(model.trainable: {recipe.model.trainable}{', LoRA' if adapters else ''})",
         ),
     ]
     helpers, about_helpers = _build_helpers(recipe, model, reference, reward)

@@ -206,14 +206,16 @@ class Counter:
         kept += self.weights(down, needs_grad)
         return kept, replace(stream, needs_grad=needs_grad or any(map(learns, down)))
 
-    def value_head(self, value_head: ValueHead) -> Kept:
-        """What a value head keeps; no gradient goes on into the trunk it reads."""
-        hidden = self.shape.hidden
-        if value_head.layer is None or value_head.norm is None:
-            inputs = 0 if value_head.hidden_map is None else 2 * self.work.compute * hidden
-            return Kept(inputs + _FP32 * hidden)
-        kept, stream = self.layer(value_head.layer, Stream(_FP32, False))
-        return kept + self.norm(value_head.norm, stream) + Kept(_FP32 * hidden)
+    def value_head(self, value_head: ValueHead) -> int:
+        """Bytes at the peak of a value head's forward and backward; no gradient goes on into the trunk."""
+        work, numbers = self.work, self.shape.hidden * self.work.num_tokens
+        if value_head.layer is None:
+            inputs = 0 if value_head.hidden_map is None else 2 * work.compute
+            return (inputs + _FP32) * numbers
+        kept, _ = self.layer(value_head.layer, Stream(_FP32, False))
+        # The norm and the value map behind the layer, two inputs and a normalised one, have let go of theirs
+        # when the backward reaches the layer.
+        return kept.total(work) + max(3 * _FP32 * numbers, self.backward_bytes())
 
     def forward_bytes(self) -> int:
         """What a forward without gradients holds at a time: the widest of one layer's tensors."""

@@ -39,7 +39,7 @@ class Helpers:
     Attributes:
         reference: of `rho1-wmtp`, one head, in the compute precision.
         value_head: of `critic-wmtp`.
-        reward_model: of `critic-wmtp` with `critic.reward.source: reward_model`; there in stage 1 alone.
+        reward_model: of `critic-wmtp` with `critic.reward.source: reward_model`; there before stage 1 alone.
     """
 
     reference: MTPModel | None = None
@@ -169,6 +169,11 @@ class _Moments:
             }
         if self.helpers.value_head is not None:
             moments["stage 1"] = self._stage_1(self.helpers.value_head)
+        if self.helpers.reward_model is not None:
+            # Programs are scored before stage 1, and the reward model is gone by then.
+            reward = count_parameters(self.helpers.reward_model) * self.work.compute
+            scoring = self.counter.forward_bytes()
+            moments["rewards"] = {"weights": self._weights(), "reward model": reward, "temporary": scoring}
         return moments
 
     def _persistent(self) -> dict[str, int]:
@@ -238,7 +243,7 @@ class _Moments:
         value_head = self.helpers.value_head
         assert value_head is not None
         counter = Counter(LayerShape.of(self.model.config, is_packed=work.is_packed), work)
-        return counter.value_head(value_head).total(work) + counter.backward_bytes()
+        return counter.value_head(value_head)
 
     def _stage_1(self, value_head: ValueHead) -> dict[str, int]:
         """The value head learns on programs of at most a full row; the base is frozen, and the optimizer of
@@ -250,7 +255,9 @@ class _Moments:
         parts = {
             "weights": self._weights(),
             "value head": count_parameters(value_head) * (_FP32 + _MOMENTS + _FP32),
-            "activations": self._value_activations(work) + counter.forward_bytes(),
+            # The base's forward is over before the value head's begins; trunk and hidden states stay.
+            "activations": 2 * _FP32 * work.num_tokens * counter.shape.hidden
+            + max(self._value_activations(work), counter.forward_bytes()),
         }
         if self.work.is_mixed:
             # Autocast keeps its copies of parameters that require gradients until its context ends.
@@ -259,8 +266,6 @@ class _Moments:
                 for module in self.model.decoder_layers.modules()
                 if isinstance(module, nn.Linear) and module.weight.requires_grad
             )
-        if self.helpers.reward_model is not None:
-            parts["reward model"] = count_parameters(self.helpers.reward_model) * compute
         return parts
 
 
