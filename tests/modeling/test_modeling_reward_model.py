@@ -256,6 +256,8 @@ def test_copies_saved_apart_and_a_single_copy_are_read_alike(tmp_path: Path) -> 
     scores = load_reward_model(_write(state, tmp_path / "two"))(tokens).pooled_B
     one = {name: tensor for name, tensor in state.items() if not name.startswith("model.")}
     assert torch.equal(load_reward_model(_write(one, tmp_path / "one"))(tokens).pooled_B, scores)
+    by_file = load_reward_model(tmp_path / "one" / "starling_RM.pth")
+    assert torch.equal(by_file(tokens).pooled_B, scores)
 
 
 def test_copies_that_differ_are_an_error_naming_the_tensor(tmp_path: Path) -> None:
