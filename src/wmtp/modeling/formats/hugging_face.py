@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -179,6 +180,7 @@ def fill_model(
         ModelLoadError: a tensor is missing or misshapen; the message names it and its file.
     """
     try:
+        _check_size(model_class, text_config(config, model_class), tensors.shapes(), source)
         with _quiet_transformers():
             loaded: Any = model_class.from_pretrained(
                 None,
@@ -202,6 +204,36 @@ def fill_model(
     _check_report(loaded[1], tensors.stored(), source, model_class.__name__)
     model.config.name_or_path = model.name_or_path = str(source)
     return model
+
+
+def _check_size(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    found: dict[str, tuple[int, ...]],
+    source: ModelSource,
+) -> None:
+    """Refuse a configuration of a far larger model, for which memory would be allocated before the report.
+
+    Names and shapes on disk may differ from the model's, so only the sum is compared, generously.
+    """
+    with torch.device("meta"):
+        skeleton = model_class(config)
+    wanted = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    num_wanted, num_found = (sum(map(math.prod, shapes.values())) for shapes in (wanted, found))
+    if num_wanted <= 2 * num_found:
+        return
+    for name, shape in wanted.items():
+        if found.get(name, shape) != shape:
+            raise ModelLoadError(
+                f"{source}: tensor {name!r} has shape {list(found[name])}, the model needs {list(shape)}",
+                remedy="config.json belongs to a model of another size; fetch it again",
+            )
+    missing = next((name for name in wanted if name not in found), None)
+    raise ModelLoadError(
+        f"{source}/{CONFIG_FILE} describes {num_wanted} parameters, and the weights have {num_found}"
+        + ("" if missing is None else f"; the tensor {missing!r} is missing"),
+        remedy="the checkpoint is incomplete, or config.json belongs to other weights; fetch both again",
+    )
 
 
 def _check_report(

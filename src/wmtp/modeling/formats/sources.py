@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol, TypeVar
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, scan_cache_dir
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of the HTTP library in use
+    CacheNotFound,
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
@@ -270,12 +271,20 @@ def _connect(repo: str, subfolder: str) -> HubSource:
 
 def _connect_to_cache(repo: str, subfolder: str, problem: _UnreachableHubError) -> HubSource:
     try:
-        snapshot = Path(snapshot_download(repo, local_files_only=True))
-    except (LocalEntryNotFoundError, OSError):
+        cached = [
+            entry
+            for entry in scan_cache_dir(constants.HF_HUB_CACHE).repos
+            if (entry.repo_id, entry.repo_type) == (repo, "model")
+        ]
+    except CacheNotFound:
+        cached = []
+    revisions = [revision for entry in cached for revision in entry.revisions]
+    if not revisions:
         raise problem from problem.__cause__
-    logger.warning("%s is taken from the hub's cache, the hub cannot be reached: %s", repo, snapshot)
-    files = (str(file.relative_to(snapshot).as_posix()) for file in snapshot.rglob("*") if file.is_file())
-    return HubSource(repo, subfolder, snapshot.name, frozenset(files))
+    newest = max(revisions, key=lambda revision: ("main" in revision.refs, revision.last_modified))
+    logger.warning("the hub cannot be reached; %s is taken from its cache, %s", repo, newest.snapshot_path)
+    files = (file.file_path.relative_to(newest.snapshot_path).as_posix() for file in newest.files)
+    return HubSource(repo, subfolder, newest.commit_hash, frozenset(files))
 
 
 class _UnreachableHubError(ModelLoadError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import operator
 import re
 import threading
 import zipfile
@@ -269,7 +270,7 @@ def _stream_safetensors(file: str, stream: BinaryIO) -> list[StoredTensor]:
     try:
         header, start, size = _read_header(stream)
         entries = [
-            (name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            (name, str(entry["dtype"]), tuple(map(operator.index, entry["shape"])), *entry["data_offsets"])
             for name, entry in header.items()
             if name != "__metadata__"
         ]
