@@ -91,8 +91,6 @@ def complete_generation_config(
     config.eos_token_id = stops if len(stops) > 1 else next(iter(stops), None)
     config.bos_token_id = next(iter(known(config.bos_token_id, bos)), None)
     config.pad_token_id = next(iter(known(config.pad_token_id, pad, stops)), None)
-    # Else `generate()` would make it anew from config.json, without what was added here.
-    config._from_model_config = False
     return _made_valid(config)
 
 
