@@ -73,9 +73,10 @@ def complete_generation_config(
     one more place to stop; beginning and padding come from the tokenizer where the model has none, and what
     has no padding token is padded with the end-of-sequence token. Ids outside the vocabulary are left out.
     """
-    config = GenerationConfig() if causal_lm.generation_config is None else causal_lm.generation_config
-    config = copy.deepcopy(config)
-    vocab_size: int = causal_lm.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr, index]
+    own = causal_lm.generation_config
+    config = GenerationConfig() if own is None else copy.deepcopy(own)
+    embedding: Any = causal_lm.get_input_embeddings()
+    vocab_size: int = embedding.weight.shape[0]
 
     def known(*candidates: int | list[int] | None) -> list[int]:
         listed = [ids if isinstance(ids, list) else [ids] for ids in candidates]
@@ -109,7 +110,7 @@ def _made_valid(config: GenerationConfig) -> GenerationConfig:
             stacklevel=2,
         )
         ids = {name: getattr(config, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
-        return GenerationConfig(**ids)
+        return GenerationConfig(**ids)  # type: ignore[no-untyped-call]
     return config
 
 
