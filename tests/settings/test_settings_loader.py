@@ -225,7 +225,7 @@ def test_a_path_that_no_file_can_have_is_a_problem() -> None:
 
 def test_what_the_schema_knows_but_this_version_cannot_do_is_refused(write: Writer) -> None:
     config = write(
-        "paths: {models: {base: 's3://b/m'}, output: 's3://b/o'}\n"
+        "paths: {models: {base: 'gs://b/m'}, output: 's3://b/o'}\n"
         "devices: {strategy: fsdp2}\nlauncher: {target: slurm, resources: {gpus: 2}}\n",
         "config.yaml",
     )

@@ -92,6 +92,7 @@ class ComponentFactory:
             max_length=recipe.data.train.max_length,
             train_on_prompt=recipe.data.train.train_on_prompt,
             trust_remote_code=trust_remote_code,
+            s3=config.s3,
         )
         tokenizer: HfTokenizer = tokenizer_registry.create(type or recipe.model.tokenizer.type, settings)
         return tokenizer

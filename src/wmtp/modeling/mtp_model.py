@@ -24,6 +24,7 @@ from wmtp.exceptions import ModelLoadError, UserInputError
 from wmtp.modeling import probe
 from wmtp.modeling.formats.export import save_mtp_model
 from wmtp.modeling.formats.load import load_mtp_model
+from wmtp.modeling.formats.sources import ModelSource
 from wmtp.modeling.heads import (
     Adapter,
     HeadForm,
@@ -108,7 +109,7 @@ class MTPModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
+        path: str | Path | ModelSource,
         *,
         horizon: int | None = None,
         head: HeadForm | None = None,
@@ -120,7 +121,7 @@ class MTPModel(nn.Module):
         """Load a model of any kind: Hugging Face, Meta MTP native, or a WMTP export; a directory or a hub id.
 
         Args:
-            path: a directory, or a hub id `org/name` or `org/name:subfolder`.
+            path: a directory, or a hub id `org/name` or `org/name:subfolder`; or the source of the files.
             horizon: number of heads; None takes what the checkpoint has (1 for a plain model). Fewer than it
                 has uses the first ones and warns; more adds new ones.
             head: form of the heads; None takes the checkpoint's (`transformer` for a plain model).

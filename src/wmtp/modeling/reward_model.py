@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from wmtp.exceptions import UserInputError
 from wmtp.modeling.formats.reward import read_reward_model
+from wmtp.modeling.formats.sources import ModelSource
 from wmtp.modeling.hidden_states import extract_hidden_states
 from wmtp.modeling.packing import plan_attention
 
@@ -111,12 +112,12 @@ class RewardModel(nn.Module):
 
 
 def load_reward_model(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    path: str | Path | ModelSource, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
 ) -> RewardModel:
     """Load a reward model of either layout: Starling-RM, or a sequence classifier with one label.
 
     Args:
-        path: a model directory, its one file of weights, or a hub id.
+        path: a model directory, its one file of weights, a hub id, or the source of the files.
         dtype: of the decoder; the head is fp32.
         trust_remote_code: let the model's own code run.
 

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import sentencepiece
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from wmtp.components.loader import MICRO_BASE, MICRO_LLAMA, MICRO_REFERENCE
 from wmtp.components.loader.builtin import build_micro_llama
+from wmtp.components.loader.sources import open_source
 from wmtp.exceptions import ModelLoadError
 from wmtp.modeling import MTPModel, choose_trainable
 from wmtp.modeling.formats.export import read_saved_heads
+from wmtp.modeling.formats.hugging_face import read_config
 from wmtp.modeling.formats.kinds import PARAMS_FILE, ModelKind
 from wmtp.modeling.formats.meta_native import native_config
 from wmtp.modeling.formats.reward import derive_llama_config
@@ -23,16 +25,13 @@ from wmtp.modeling.formats.sources import (
     TORCH_SUFFIXES,
     WMTP_FILE,
     LocalSource,
-    ModelFiles,
     ModelSource,
-    locate_source,
-    read_safe_config,
     read_source_json,
 )
 from wmtp.modeling.formats.tensors import open_tensors
 from wmtp.modeling.heads import HeadRequest, SavedHeads, plan_heads
 from wmtp.modeling.lora import add_lora
-from wmtp.settings import Recipe
+from wmtp.settings import Config, Recipe
 from wmtp.settings.recipe_model import ModelSettings
 
 BUILTIN = (MICRO_LLAMA, MICRO_BASE, MICRO_REFERENCE)
@@ -80,7 +79,7 @@ class ModelDescription:
         return f"{title}: {sizes}{heads}{self.note and f' ({self.note})'}"
 
 
-def describe_causal_lm(path: str, *, trust_remote_code: bool) -> ModelDescription:
+def describe_causal_lm(config: Config, path: str, *, trust_remote_code: bool) -> ModelDescription:
     """Read what describes a causal language model: a directory, a hub id or a built-in name.
 
     Raises:
@@ -89,7 +88,7 @@ def describe_causal_lm(path: str, *, trust_remote_code: bool) -> ModelDescriptio
     if path in BUILTIN:
         with torch.device("meta"):
             return ModelDescription(path, None, build_micro_llama().config, SavedHeads())
-    source = locate_source(path)
+    source = open_source(config, path)
     kind = _kind_of_description(source)
     if kind is ModelKind.META_NATIVE:
         params = read_source_json(source, PARAMS_FILE)
@@ -102,31 +101,30 @@ def describe_causal_lm(path: str, *, trust_remote_code: bool) -> ModelDescriptio
             f"{source} is {kind.description}, not a causal language model",
             remedy="give a language model here; reward models go to model.rm_id or paths.models.rm",
         )
-    files = _config_folder(source)
-    config = _read_config(files, trust_remote_code=trust_remote_code)
-    return ModelDescription(path, kind, config, read_saved_heads(files))
+    model_config = read_config(source, trust_remote_code=trust_remote_code)
+    return ModelDescription(path, kind, model_config, read_saved_heads(source))
 
 
-def describe_reward_model(path: str, *, trust_remote_code: bool) -> ModelDescription:
+def describe_reward_model(config: Config, path: str, *, trust_remote_code: bool) -> ModelDescription:
     """Read what describes a reward model.
 
     Raises:
         ModelLoadError: no description is there, it cannot be had, or the model gives several numbers.
     """
-    source = locate_source(path)
+    source = open_source(config, path)
     if CONFIG_FILE not in source.names() and any(name.endswith(TORCH_SUFFIXES) for name in source.names()):
         llama, note = _starling_config(source)
         return ModelDescription(path, ModelKind.STARLING_REWARD, llama, SavedHeads(), note)
     kind = _kind_of_description(source)
-    config = _read_config(_config_folder(source), trust_remote_code=trust_remote_code)
+    model_config = read_config(source, trust_remote_code=trust_remote_code)
     if kind is not ModelKind.SEQUENCE_CLASSIFICATION:
-        return ModelDescription(path, ModelKind.STARLING_REWARD, config, SavedHeads())
-    if config.num_labels != 1:
+        return ModelDescription(path, ModelKind.STARLING_REWARD, model_config, SavedHeads())
+    if model_config.num_labels != 1:
         raise ModelLoadError(
-            f"{source} is a classifier with {config.num_labels} labels, a reward model has one",
+            f"{source} is a classifier with {model_config.num_labels} labels, a reward model has one",
             remedy="choose a reward model (one entry in id2label of its config.json)",
         )
-    return ModelDescription(path, kind, config, SavedHeads())
+    return ModelDescription(path, kind, model_config, SavedHeads())
 
 
 def build_base(description: ModelDescription, recipe: Recipe) -> tuple[MTPModel, list[str]]:
@@ -213,36 +211,13 @@ def _starling_config(source: ModelSource) -> tuple[LlamaConfig, str]:
     return derive_llama_config(source, decoder), f"no {CONFIG_FILE}; sizes from the shapes of its tensors"
 
 
-def _config_folder(source: ModelSource) -> ModelFiles:
-    """The folder on this machine that holds config.json, brought here if it is on the hub."""
-    source.find(WMTP_FILE)  # a file of the hub comes here when it is asked for
-    file = source.find(CONFIG_FILE)
-    if file is None:
-        raise ModelLoadError(f"{source}/{CONFIG_FILE} is missing", remedy="copy the whole model again")
-    return ModelFiles(str(file.parent))
-
-
-def _read_config(files: ModelFiles, *, trust_remote_code: bool) -> PreTrainedConfig:
-    if not trust_remote_code:
-        read_safe_config(files)
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            files.source, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelLoadError(
-            f"{files} has no usable model configuration: {str(error).splitlines()[0]}",
-            remedy="use a model that the installed transformers knows, or a newer transformers",
-        ) from error
-    return config
-
-
 def _vocab_size(source: ModelSource) -> int:
     """Tokens of the tokenizer beside a native model or one folder up."""
     for folder in (source, source.parent()):
-        file = None if folder is None else folder.find(_TOKENIZER_FILE)
-        if file is not None:
-            return int(sentencepiece.SentencePieceProcessor(model_file=str(file)).vocab_size())
+        if folder is not None and _TOKENIZER_FILE in folder.names():
+            with folder.open(_TOKENIZER_FILE) as stream:
+                processor = sentencepiece.SentencePieceProcessor(model_proto=stream.read())
+            return int(processor.vocab_size())
     raise ModelLoadError(
         f"{source}/{PARAMS_FILE} leaves the vocabulary to the tokenizer (vocab_size -1), and there is no "
         f"{_TOKENIZER_FILE} beside it or one folder up",

@@ -104,7 +104,7 @@ def _describe_model(config: Config, recipe: Recipe, role: ModelRole, options: Ru
         return _Described()
     describe = describe_reward_model if role == "rm" else describe_causal_lm
     try:
-        return _Described(choice, describe(choice.path, trust_remote_code=options.trust_remote_code))
+        return _Described(choice, describe(config, choice.path, trust_remote_code=options.trust_remote_code))
     except WmtpError as error:
         return _Described(choice, problem=error)
 

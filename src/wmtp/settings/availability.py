@@ -40,7 +40,12 @@ def _is_set(value: Any) -> bool:
     return value is not None
 
 
-_LOCAL_PATH = "use a local directory or a hub id"
+def _is_remote_and_not_s3(value: Any) -> bool:
+    """Match paths on a remote store that models are not read from."""
+    return _is_remote(value) and not str(value).lower().startswith("s3://")
+
+
+_MODEL_PATH = "use a local directory, a hub id or an s3:// address"
 
 _TABLE = (
     _Unavailable("launcher.target", _among("vessl", "slurm", "skypilot"), "use local"),
@@ -52,19 +57,20 @@ _TABLE = (
     _Unavailable("devices.compile", lambda value: value is True, "use false"),
     _Unavailable("devices.strategy", _among("ddp", "fsdp2"), "use auto or single"),
     _Unavailable("launcher.resources.gpu_type", _is_set, "remove it; runs use what this machine has"),
-    _Unavailable("s3.bucket", _is_set, "remove it; paths are local"),
-    _Unavailable("s3.endpoint_url", _is_set, "remove it; paths are local"),
-    _Unavailable("s3.fallback_dir", _is_set, "remove it; paths are local"),
-    _Unavailable("paths.models.base", _is_remote, _LOCAL_PATH),
-    _Unavailable("paths.models.ref", _is_remote, _LOCAL_PATH),
-    _Unavailable("paths.models.rm", _is_remote, _LOCAL_PATH),
+    _Unavailable("s3.fallback_dir", _is_set, "remove it; checkpoints are local"),
+    _Unavailable(
+        "s3.deadline_s", lambda value: value != 300.0, "remove it; s3.max_attempts bounds the tries"
+    ),
+    _Unavailable("paths.models.base", _is_remote_and_not_s3, _MODEL_PATH),
+    _Unavailable("paths.models.ref", _is_remote_and_not_s3, _MODEL_PATH),
+    _Unavailable("paths.models.rm", _is_remote_and_not_s3, _MODEL_PATH),
     _Unavailable("paths.output", _is_remote, "use a local directory"),
     _Unavailable(
         "mlflow.tracking_uri", lambda value: str(value).startswith("s3://"), "use sqlite or a server"
     ),
-    _Unavailable("model.base_id", _is_remote, _LOCAL_PATH),
-    _Unavailable("model.ref_id", _is_remote, _LOCAL_PATH),
-    _Unavailable("model.rm_id", _is_remote, _LOCAL_PATH),
+    _Unavailable("model.base_id", _is_remote_and_not_s3, _MODEL_PATH),
+    _Unavailable("model.ref_id", _is_remote_and_not_s3, _MODEL_PATH),
+    _Unavailable("model.rm_id", _is_remote_and_not_s3, _MODEL_PATH),
     _Unavailable("rho1.reference", _among("precomputed"), "use online"),
     _Unavailable("critic.value_head", _is_remote, "use a local path, or null to train one"),
     _Unavailable(

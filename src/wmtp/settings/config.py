@@ -69,9 +69,12 @@ class S3Settings(Section):
         default=None, description="Secret key; better left to the environment: ${AWS_SECRET_ACCESS_KEY}."
     )
     session_token: SecretStr | None = Field(default=None, description="Token of temporary credentials.")
-    max_concurrency: int = Field(default=8, ge=1, description="Parallel requests.")
+    max_concurrency: int = Field(default=8, ge=1, description="Requests at the same time.")
     part_size_mib: int = Field(
-        default=16, ge=5, le=5120, description="Size of a part of a multipart upload, in MiB."
+        default=16,
+        ge=5,
+        le=5120,
+        description="Long objects are read in parts of this size, side by side, in MiB.",
     )
     max_attempts: int = Field(default=5, ge=1, description="Tries of one request before it fails.")
     deadline_s: float = Field(

@@ -107,6 +107,10 @@ class S3Folder:
         above, _, _ = self.path.rpartition("/")
         return self.manager.folder(f"s3://{above}") if above else None
 
+    def subfolder(self, name: str) -> S3Folder:
+        """One of the folders directly under the prefix."""
+        return self.manager.folder(f"s3://{self.path}/{name}")
+
     def subfolders(self) -> list[str]:
         """Names of the folders directly under the prefix, sorted."""
         return list(self.folders)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from wmtp.components.base import Component
+from wmtp.components.loader.sources import open_source
 from wmtp.components.registry import loader_registry
-from wmtp.exceptions import ModelLoadError
 from wmtp.modeling.reward_model import RewardModel, load_reward_model
 from wmtp.settings import Config
-from wmtp.storage import PathResolver
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +18,7 @@ class RewardLoaderContext:
     """What to load.
 
     Attributes:
-        model_path: a directory, a file of one, or a hub id.
+        model_path: a directory, a file of one, a hub id, or an `s3://` folder.
         dtype: of the decoder's parameters.
         trust_remote_code: run code that comes with the model; only ever from the command line.
     """
@@ -44,9 +43,5 @@ class RewardModelLoader(Component[RewardLoaderContext, RewardModel]):
         Raises:
             ModelLoadError: there is no reward model, or its reward head is missing or unusable.
         """
-        kind, path = PathResolver().resolve(context.model_path)
-        if kind not in ("local", "hub"):
-            raise ModelLoadError(
-                f"{context.model_path} is no reward model", remedy="give a directory or a hub id of one"
-            )
-        return load_reward_model(path, dtype=context.dtype, trust_remote_code=context.trust_remote_code)
+        source = open_source(self.config, context.model_path)
+        return load_reward_model(source, dtype=context.dtype, trust_remote_code=context.trust_remote_code)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from wmtp.components.base import Component
 from wmtp.components.loader.builtin import MICRO_LLAMA, build_micro_llama
+from wmtp.components.loader.sources import open_source
 from wmtp.components.loader.training_state import read_training_state
 from wmtp.components.registry import loader_registry
 from wmtp.exceptions import ModelLoadError
@@ -18,10 +18,9 @@ from wmtp.modeling import MTPModel
 from wmtp.modeling.formats.kinds import ModelKind, detect_causal_lm
 from wmtp.modeling.formats.load import assemble, read_parts
 from wmtp.modeling.formats.parts import LoadedParts
-from wmtp.modeling.formats.sources import CONFIG_FILE, LocalSource, ModelSource, locate_source
+from wmtp.modeling.formats.sources import LocalSource, ModelSource
 from wmtp.modeling.heads import Adapter, HeadForm, HeadRequest
 from wmtp.settings import Config
-from wmtp.storage import PathResolver
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +28,7 @@ class ModelLoaderContext:
     """What to load.
 
     Attributes:
-        model_path: a directory, a hub id, or a built-in name.
+        model_path: a directory, a hub id, an `s3://` folder, or a built-in name.
         horizon: number of heads; None takes what the checkpoint has.
         head: form of the heads; None takes the checkpoint's.
         adapter: how a model with too few heads gets more.
@@ -96,7 +95,7 @@ class UnifiedModelLoader(Component[ModelLoaderContext, LoadedModel]):
             model.to(context.dtype)
             kind = "builtin"
         else:
-            source = _open_source(context.model_path)
+            source = open_source(self.config, context.model_path)
             kind = detect_causal_lm(source)
             model = assemble(MTPModel, _read(source, kind, context), request, str(source))
         metadata = {
@@ -106,18 +105,6 @@ class UnifiedModelLoader(Component[ModelLoaderContext, LoadedModel]):
             "kind": str(kind),
         }
         return LoadedModel(model, metadata)
-
-
-def _open_source(model_path: str) -> ModelSource:
-    """The files of a model; a run folder that has an export is that export."""
-    where, path = PathResolver().resolve(model_path)
-    if where not in ("local", "hub"):
-        raise ModelLoadError(
-            f"models cannot be loaded from {model_path}",
-            remedy=f"give a directory, a hub id, or {MICRO_LLAMA}",
-        )
-    final = Path(path) / "final"
-    return locate_source(final if where == "local" and (final / CONFIG_FILE).is_file() else path)
 
 
 def _read(source: ModelSource, kind: ModelKind, context: ModelLoaderContext) -> LoadedParts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -18,9 +18,11 @@ from wmtp.components.registry import tokenizer_registry
 from wmtp.components.tokenizer.chat import chat_pieces
 from wmtp.components.tokenizer.encoding import EncodedPiece, Piece, PieceEncoder, weights_from_spans
 from wmtp.components.tokenizer.raw_files import find_only_raw_file, load_raw_tokenizer
+from wmtp.components.tokenizer.remote import local_path
 from wmtp.evaluation.microcode import build_tokenizer
 from wmtp.exceptions import DataError, ModelLoadError, UserInputError
 from wmtp.objectives import IGNORE_INDEX
+from wmtp.settings.config import S3Settings
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +37,11 @@ class TokenizerSettings:
 
     Attributes:
         tokenizer: a loaded Hugging Face tokenizer; takes precedence over `path`.
-        path: directory, hub id, or one of the built-in models (`builtin:micro-...`).
+        path: directory, hub id, `s3://` folder, or one of the built-in models (`builtin:micro-...`).
         max_length: tokens an example is cut to, special tokens included.
         train_on_prompt: prompt tokens count in the loss too.
         trust_remote_code: let the tokenizer run code from its repository.
+        s3: access to S3, for an `s3://` path.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -46,6 +49,7 @@ class TokenizerSettings:
     max_length: int = 2048
     train_on_prompt: bool = False
     trust_remote_code: bool = False
+    s3: S3Settings | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +79,16 @@ class HfTokenizer(Component[TokenizerContext, list[Feature]]):
                 f"max_length is {settings.max_length}", remedy="use at least 2: a token, and one to predict"
             )
         self.settings = settings
-        self.tokenizer = settings.tokenizer if settings.tokenizer is not None else self.load(settings)
+        self.tokenizer = settings.tokenizer if settings.tokenizer is not None else self._load_from_anywhere()
         self._encoder = PieceEncoder(self.tokenizer)
+
+    def _load_from_anywhere(self) -> PreTrainedTokenizerBase:
+        path = require_path(self.settings)
+        with local_path(path, self.settings.s3) as local:
+            tokenizer = self.load(replace(self.settings, path=local))
+        if local != path:
+            tokenizer.name_or_path = path
+        return tokenizer
 
     @staticmethod
     def load(settings: TokenizerSettings) -> PreTrainedTokenizerBase:

@@ -19,12 +19,12 @@ from transformers import PreTrainedTokenizerFast
 from transformers.integrations.mistral.tokenizer import MistralConverter
 
 from wmtp.exceptions import ModelLoadError
-from wmtp.modeling.formats.sources import ModelFiles
+from wmtp.modeling.formats.sources import ModelSource, locate_source
 
 RAW_FILES = ("tokenizer.model", "tekken.json")
 # One of these says how transformers is to read the raw file, or stands for it.
 _HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
-_META_FILES = ("params.json", "consolidated.pth")
+META_FILES = ("params.json", "consolidated.pth")
 _BLANK = "▁"
 # Types of SentencePiece pieces.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -58,9 +58,8 @@ def find_raw_file(path: str) -> Path:
         folders = (local, local.resolve().parent)
         found = next((files for folder in folders if (files := _raw_files_in(folder))), [])
     else:
-        repository, _, subfolder = path.partition(":")
-        sources = (ModelFiles(repository, subfolder), ModelFiles(repository))
-        found = next((files for source in sources if (files := _raw_files_on_hub(source))), [])
+        source = locate_source(path)
+        found = _raw_files_on_hub(source) or _raw_files_on_hub(source.parent())
     if len(found) > 1:
         raise ModelLoadError(
             f"{path} has two tokenizers: {', '.join(map(str, found))}",
@@ -84,7 +83,7 @@ def find_only_raw_file(path: str) -> Path | None:
         return local
     if not local.is_dir() or any((local / name).is_file() for name in _HUGGING_FACE_FILES):
         return None
-    is_native = any((local / name).is_file() for name in _META_FILES)
+    is_native = any((local / name).is_file() for name in META_FILES)
     if _raw_files_in(local) or (is_native and _raw_files_in(local.resolve().parent)):
         return find_raw_file(path)
     return None
@@ -122,8 +121,8 @@ def _raw_files_in(folder: Path) -> list[Path]:
     return [folder / name for name in RAW_FILES if (folder / name).is_file()]
 
 
-def _raw_files_on_hub(files: ModelFiles) -> list[Path]:
-    return [file for name in RAW_FILES if (file := files.find(name)) is not None]
+def _raw_files_on_hub(source: ModelSource | None) -> list[Path]:
+    return [] if source is None else [file for name in RAW_FILES if (file := source.find(name)) is not None]
 
 
 def _read_tekken(file: Path) -> tuple[Tokenizer, dict[str, str]]:

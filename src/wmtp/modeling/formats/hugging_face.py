@@ -70,6 +70,28 @@ def read_safe_config(source: ModelSource) -> dict[str, Any]:
     return config
 
 
+def read_config(source: ModelSource, *, trust_remote_code: bool) -> PreTrainedConfig:
+    """Read a configuration as transformers' object; code it brings is run only where the user allows it.
+
+    Raises:
+        ModelLoadError: as for `read_safe_config` and `build_config`.
+    """
+    file = f"{source}/{CONFIG_FILE}"
+    if trust_remote_code and any(_code_keys(read_source_json(source, CONFIG_FILE))):
+        try:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                **_where_code_is(source), trust_remote_code=True
+            )
+        # Code that came with a model can raise anything.
+        except Exception as error:
+            raise ModelLoadError(
+                f"{file} cannot be used with its own code: {type(error).__name__}: {error}",
+                remedy="check that the model is complete and fits this version of transformers",
+            ) from error
+        return config
+    return build_config(read_safe_config(source), file)
+
+
 def check_config(content: dict[str, Any], file: str, num_tensors: int) -> None:
     """Refuse a configuration that would make the loader run code, or build more than the weights can fill.
 
@@ -307,23 +329,9 @@ def _read_generation_config(source: ModelSource) -> GenerationConfig | None:
 
 def _load_with_its_own_code(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
     """Let transformers load a model that brings code, which the user has allowed."""
-    match source:
-        case LocalSource():
-            where: dict[str, Any] = {"pretrained_model_name_or_path": str(source)}
-        case HubSource():
-            where = {
-                "pretrained_model_name_or_path": source.repo,
-                "subfolder": source.subfolder,
-                "revision": source.commit,
-            }
-        case _:
-            raise ModelLoadError(
-                f"{source} brings code of its own, which is only run from a local directory or the hub",
-                remedy="copy the model to a local directory",
-            )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **where,
+            **_where_code_is(source),
             dtype=dtype,
             trust_remote_code=True,
             weights_only=True,
@@ -339,6 +347,24 @@ def _load_with_its_own_code(source: ModelSource, dtype: torch.dtype) -> PreTrain
     model: PreTrainedModel = loaded[0]
     _check_report(loaded[1], {}, source, type(model).__name__)
     return model
+
+
+def _where_code_is(source: ModelSource) -> dict[str, Any]:
+    """Where transformers finds a model that brings code."""
+    match source:
+        case LocalSource():
+            return {"pretrained_model_name_or_path": str(source)}
+        case HubSource():
+            return {
+                "pretrained_model_name_or_path": source.repo,
+                "subfolder": source.subfolder,
+                "revision": source.commit,
+            }
+        case _:
+            raise ModelLoadError(
+                f"{source} brings code of its own, which is only run from a local directory or the hub",
+                remedy="copy the model to a local directory",
+            )
 
 
 @contextmanager

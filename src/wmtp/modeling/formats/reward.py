@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from wmtp.exceptions import ModelLoadError
-from wmtp.modeling.formats.hugging_face import build_config, read_safe_config
+from wmtp.modeling.formats.hugging_face import read_config
 from wmtp.modeling.formats.kinds import ModelKind, detect_reward_model, lone_torch_file
-from wmtp.modeling.formats.sources import CONFIG_FILE, LocalSource, ModelSource, locate_source
+from wmtp.modeling.formats.sources import CONFIG_FILE, ModelSource, locate_source
 from wmtp.modeling.formats.tensors import StoredTensor, StoredTensors, open_tensors, open_weights
 
 logger = logging.getLogger(__name__)
@@ -328,11 +328,14 @@ def _build_decoder(
     return loaded[0], loaded[1]
 
 
-def read_reward_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool) -> RewardParts:
+def read_reward_model(
+    path: str | Path | ModelSource, *, dtype: torch.dtype, trust_remote_code: bool
+) -> RewardParts:
     """Find out which layout lies at `path`, a folder, a file or a hub id, and read it; errors as above."""
-    source = locate_source(path)
+    source = locate_source(path) if isinstance(path, str | Path) else path
     kind = detect_reward_model(source)
-    config = _read_config(source, trust_remote_code=trust_remote_code)
+    has_config = CONFIG_FILE in source.names()
+    config = read_config(source, trust_remote_code=trust_remote_code) if has_config else None
     if kind is ModelKind.SEQUENCE_CLASSIFICATION:
         assert config is not None
         tensors = open_weights(source)
@@ -343,12 +346,3 @@ def read_reward_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code
     return read_starling(
         source, config, open_weights(source) if file is None else open_tensors(source, file), dtype=dtype
     )
-
-
-def _read_config(source: ModelSource, *, trust_remote_code: bool) -> PreTrainedConfig | None:
-    if CONFIG_FILE not in source.names():
-        return None
-    if trust_remote_code and isinstance(source, LocalSource):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(source.directory, trust_remote_code=True)
-        return config
-    return build_config(read_safe_config(source), f"{source}/{CONFIG_FILE}")

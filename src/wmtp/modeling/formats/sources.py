@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol, TypeVar
@@ -26,8 +26,6 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from transformers import PreTrainedConfig
-from transformers.utils.hub import cached_file
 
 from wmtp.exceptions import ModelLoadError
 
@@ -368,112 +366,3 @@ def _check_depth(value: Any) -> None:
         if not level:
             return
     raise ValueError(f"it is nested more than {_MAX_JSON_DEPTH} levels deep")
-
-
-# Configuration keys that make transformers import code, or fetch compiled kernels, chosen by whoever wrote
-# the file; with the values that stay inside PyTorch.
-_CODE_KEYS: dict[str, tuple[Any, ...]] = {
-    "auto_map": (None, {}),
-    "custom_pipelines": (None, {}),
-    "quantization_config": (None, {}),
-    "attn_implementation": (None, "eager", "sdpa", "flex_attention"),
-    "_attn_implementation": (None, "eager", "sdpa", "flex_attention"),
-    "experts_implementation": (None, "eager", "batched_mm", "grouped_mm"),
-    "_experts_implementation": (None, "eager", "batched_mm", "grouped_mm"),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFiles:
-    """A model directory, or a repository of the hub with an optional subfolder."""
-
-    source: str
-    subfolder: str = ""
-
-    @property
-    def directory(self) -> Path | None:
-        """The local directory; None for the hub."""
-        return Path(self.source) if Path(self.source).is_dir() else None
-
-    def names(self) -> frozenset[str]:
-        """Names of the files in the folder."""
-        return LocalSource(Path(self.source)).names()
-
-    def open(self, name: str) -> BinaryIO:
-        """Open a file of the folder."""
-        return LocalSource(Path(self.source)).open(name)
-
-    def parent(self) -> ModelSource | None:
-        """The folder above."""
-        return LocalSource(Path(self.source)).parent()
-
-    def subfolders(self) -> list[str]:
-        """Folders in the folder."""
-        return LocalSource(Path(self.source)).subfolders()
-
-    def find(self, name: str) -> Path | None:
-        """Return the path of a file, downloaded if it is on the hub, or None if there is none.
-
-        Raises:
-            ModelLoadError: the hub does not answer, or refuses.
-        """
-        try:
-            found = cached_file(
-                self.source,
-                name,
-                subfolder=self.subfolder,
-                _raise_exceptions_for_missing_entries=False,
-            )
-        except OSError as error:
-            raise ModelLoadError(
-                f"cannot read {name} of {self}: {error}",
-                remedy="check the spelling (a path, or org/name on the hub), the network, and HF_TOKEN for a "
-                "model behind a licence",
-            ) from error
-        return None if found is None else Path(found)
-
-    def __str__(self) -> str:
-        return f"{self.source}:{self.subfolder}" if self.subfolder else self.source
-
-
-def read_safe_config(files: ModelFiles) -> dict[str, Any]:
-    """Read config.json and refuse one that would make the loader run or fetch code.
-
-    Raises:
-        ModelLoadError: the file is missing, is not JSON, or has such a key; the message names the key.
-    """
-    if files.find(CONFIG_FILE) is None:
-        raise ModelLoadError(
-            f"{files} is not a directory here, and no {CONFIG_FILE} was found on the hub under this name",
-            remedy="check the path or the id (org/name), and that the network is on",
-        )
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(files.source, subfolder=files.subfolder)
-    except OSError as error:
-        message = f"{CONFIG_FILE} of {files} cannot be read: {error}"
-        raise ModelLoadError(message, remedy="fetch it again") from error
-    for key, value in _walk(config):
-        if key in _CODE_KEYS and value not in _CODE_KEYS[key]:
-            raise ModelLoadError(
-                f"{CONFIG_FILE} of {files} has {key!r}: {value!r}, which can make the loader run code that "
-                "is not part of this program",
-                remedy="use a model without it; or read that code, then pass trust_remote_code=True "
-                "(--trust-remote-code)",
-            )
-    if files.find("adapter_config.json") is not None:
-        raise ModelLoadError(
-            f"{files} holds an adapter (adapter_config.json), whose base model would come from elsewhere",
-            remedy="merge the adapter into its base model and save that",
-        )
-    return dict(config)
-
-
-def _walk(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield every key and value of nested mappings and lists: a text model may stand inside a larger one."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield key, item
-            yield from _walk(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _walk(item)
