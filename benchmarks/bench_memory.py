@@ -3,8 +3,8 @@
     python benchmarks/bench_memory.py                # every case, a fresh process each; a Markdown table
     python benchmarks/bench_memory.py --case NAME    # one case in this process, as JSON
 
-Each case writes a config.json without weights, which the estimate is made from, builds that model at random,
-and runs three optimizer steps of the trainer the recipe names. What is compared is the largest sum of bytes
+Each case is estimated from its configuration on the meta device; then its model is built at random and runs
+three optimizer steps of the trainer the recipe names. What is compared is the largest sum of bytes
 that torch's CPU allocator had handed out at any time, weights included, from its own log (`torch.profiler`,
 `profile_memory`): exact, free of what the process held before, and the same quantity as
 `torch.cuda.max_memory_allocated`, less rounding. The growth of the resident set in a run without the profiler
@@ -19,10 +19,8 @@ import json
 import resource
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,9 +35,11 @@ from wmtp.components.trainer import TrainerContext
 from wmtp.components.trainer.base import autocast_factory
 from wmtp.factory import ComponentFactory
 from wmtp.modeling import MTPModel, ValueHead, choose_trainable
+from wmtp.modeling.formats.kinds import ModelKind
+from wmtp.modeling.heads import SavedHeads
 from wmtp.modeling.lora import add_lora
 from wmtp.pipelines.memory import Helpers, MemoryEstimate, estimate_memory
-from wmtp.pipelines.meta_models import build_base, build_reference, describe_causal_lm
+from wmtp.pipelines.meta_models import ModelDescription, build_base, build_reference
 from wmtp.settings import Config, Recipe
 
 NUM_STEPS = 3
@@ -70,8 +70,8 @@ class Case:
     trainable: str = "all"
     lora_rank: int | None = None
 
-    def recipe(self, folder: Path) -> Recipe:
-        """The recipe of the case, with the model of `folder` in every role."""
+    def recipe(self) -> Recipe:
+        """The recipe of the case."""
         lora = None if self.lora_rank is None else {"rank": self.lora_rank}
         data = {
             "train": {
@@ -80,8 +80,6 @@ class Case:
                 "gradient_accumulation_steps": self.accumulation,
             },
             "model": {
-                "base_id": str(folder),
-                "ref_id": str(folder),
                 "mtp": {"horizon": self.horizon, "head": self.head, "adapter": self.adapter},
                 "trainable": self.trainable,
                 "lora": lora,
@@ -162,31 +160,21 @@ CASES: dict[str, Case] = {
 }
 
 
-def write_config(case: Case, folder: Path) -> None:
-    """A model folder without weights."""
-    settings = {**case.llama().to_dict(), "architectures": ["LlamaForCausalLM"]}
-    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
-
-
 def estimate(case: Case) -> MemoryEstimate:
     """What `wmtp validate` says of the case."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_config(case, folder)
-        recipe = case.recipe(folder)
-        description = describe_causal_lm(str(folder), trust_remote_code=False)
-        model, _ = build_base(description, recipe)
-        is_critic = case.algo == "critic-wmtp"
-        helpers = Helpers(
-            reference=build_reference(description) if case.algo == "rho1-wmtp" else None,
-            value_head=ValueHead.from_model(model) if is_critic else None,
-        )
-        return estimate_memory(case.config(), recipe, model, helpers)
+    recipe = case.recipe()
+    description = ModelDescription("model", ModelKind.HUGGING_FACE, case.llama(), SavedHeads())
+    model, _ = build_base(description, recipe)
+    helpers = Helpers(
+        reference=build_reference(description) if case.algo == "rho1-wmtp" else None,
+        value_head=ValueHead.from_model(model) if case.algo == "critic-wmtp" else None,
+    )
+    return estimate_memory(case.config(), recipe, model, helpers)
 
 
 def build(case: Case) -> tuple[TrainerContext, Recipe]:
     """Model, helpers, optimizer and data, as the training pipeline builds them."""
-    recipe, config = case.recipe(Path("unused")), case.config()
+    recipe, config = case.recipe(), case.config()
     device = torch.device("cpu")
     precision = torch.bfloat16 if case.precision == "bf16" else torch.float32
     torch.manual_seed(0)
