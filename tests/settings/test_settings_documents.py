@@ -31,11 +31,13 @@ from wmtp.settings.fields import list_fields
 ROOT = Path(__file__).parents[2]
 PAIRS = [
     (folder / config, recipe)
-    for folder, config in (
-        (ROOT / "configs", "config.example.yaml"),
-        (ROOT / "tests" / "configs", "config.local_test.yaml"),
+    for folder, config, pattern in (
+        (ROOT / "configs", "config.example.yaml", "recipe.*.yaml"),
+        (ROOT / "configs", "config.s3.yaml", "recipe.*.7b.yaml"),
+        (ROOT / "tests" / "configs", "config.local_test.yaml", "recipe.*.yaml"),
     )
-    for recipe in sorted(folder.glob("recipe.*.yaml"))
+    for recipe in sorted(folder.glob(pattern))
+    if recipe.name.endswith(".7b.yaml") == (config == "config.s3.yaml")
 ]
 
 
