@@ -15,8 +15,8 @@ from wmtp.components.loader.builtin import build_micro_llama
 from wmtp.components.loader.sources import open_source
 from wmtp.exceptions import ModelLoadError
 from wmtp.modeling import MTPModel, choose_trainable
+from wmtp.modeling.formats.configuration import read_config
 from wmtp.modeling.formats.export import read_saved_heads
-from wmtp.modeling.formats.hugging_face import read_config
 from wmtp.modeling.formats.kinds import PARAMS_FILE, ModelKind
 from wmtp.modeling.formats.meta_native import native_config
 from wmtp.modeling.formats.reward import derive_llama_config

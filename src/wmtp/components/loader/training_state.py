@@ -14,7 +14,7 @@ from wmtp.components.loader.checkpoint_loader import find_checkpoint
 from wmtp.distributed.checkpoint import STATE_NAME, load_checkpoint
 from wmtp.exceptions import ModelLoadError, UserInputError
 from wmtp.modeling import MTPModel
-from wmtp.modeling.formats.hugging_face import build_config, causal_lm_class, check_config, text_config
+from wmtp.modeling.formats.configuration import build_config, causal_lm_class, check_config, text_config
 from wmtp.modeling.formats.parts import LoadedParts
 from wmtp.modeling.formats.tensors import check_tensors, shapes_of
 from wmtp.modeling.heads import HEAD_FORMS, SavedHeads, check_offsets

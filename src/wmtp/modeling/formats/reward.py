@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModel, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from wmtp.exceptions import ModelLoadError
-from wmtp.modeling.formats.hugging_face import read_config
+from wmtp.modeling.formats.configuration import read_config
 from wmtp.modeling.formats.kinds import ModelKind, detect_reward_model, lone_torch_file
 from wmtp.modeling.formats.sources import CONFIG_FILE, ModelSource, locate_source
 from wmtp.modeling.formats.tensors import StoredTensor, StoredTensors, open_tensors, open_weights
