@@ -12,6 +12,7 @@ from torch import nn
 
 from wmtp.exceptions import UserInputError
 from wmtp.modeling import MTPModel, flops_per_token
+from wmtp.modeling.probe import verify_document_isolation
 
 
 def _llama_layer_by_hand(layer: nn.Module, x_BSD: torch.Tensor, theta: float = 10000.0) -> torch.Tensor:
@@ -254,7 +255,7 @@ def test_checking_a_model_uses_no_random_numbers_and_keeps_its_modes() -> None:
     modes = [module.training for module in causal_lm.modules()]
     state = torch.get_rng_state()
     model = MTPModel.from_causal_lm(causal_lm, horizon=2)
-    model.verify_document_isolation()
+    verify_document_isolation(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in causal_lm.modules()] == modes
 

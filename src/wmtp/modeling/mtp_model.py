@@ -11,7 +11,6 @@ predicts token t + offsets[h], by default t+h+1.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from wmtp.exceptions import ModelLoadError, UserInputError
-from wmtp.modeling import probe
 from wmtp.modeling.formats.export import save_mtp_model
 from wmtp.modeling.formats.load import load_mtp_model
 from wmtp.modeling.formats.sources import ModelSource
@@ -39,6 +37,7 @@ from wmtp.modeling.heads import (
 from wmtp.modeling.lora import LoraAdapters
 from wmtp.modeling.outputs import LayerArguments, MTPOutput, TrunkOutput
 from wmtp.modeling.packing import plan_attention
+from wmtp.modeling.probe import verify_document_isolation, verify_structure
 from wmtp.modeling.state_dict import drop_tied_copies, restore_tied_copies
 from wmtp.modeling.structure import find_decoder_parts, find_logit_transform
 
@@ -74,7 +73,7 @@ class MTPModel(nn.Module):
         self.register_state_dict_post_hook(drop_tied_copies)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(restore_tied_copies)  # type: ignore[no-untyped-call]
         if not self._is_on_meta_device:
-            self.verify_structure()
+            self._verify_structure()
 
     # ---------------------------------------------------------------- construction
 
@@ -210,11 +209,13 @@ class MTPModel(nn.Module):
                     remedy=f"pass {name} as [B,S] like input_ids",
                 )
         plan = plan_attention(attention_mask, position_ids, document_ids)
+        # A model that was built without weights is verified at its first forward, packing at its first use.
         if not self._structure_verified:
-            self.verify_structure()
+            self._verify_structure()
         if plan.isolates_documents and not self._documents_verified:
-            self.verify_document_isolation()
-        return self._run_trunk(input_ids, plan.attention_mask_BS, plan.position_ids_BS)
+            verify_document_isolation(self)
+            self._documents_verified = True
+        return self.run_trunk_unchecked(input_ids, plan.attention_mask_BS, plan.position_ids_BS)
 
     def run_head(self, head: int, trunk: TrunkOutput) -> Tensor:
         """Run one head, and those it reads, then the shared final norm. Returns [B,S,D].
@@ -235,9 +236,10 @@ class MTPModel(nn.Module):
         """Map hidden states [..., D] after the final norm to logits [..., V], as the wrapped model does."""
         return self._logit_transform(self._unembedding(hidden))
 
-    def _run_trunk(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    def run_trunk_unchecked(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> TrunkOutput:
+        """Run the trunk on what the wrapped model takes, with no plan for documents and no check."""
         parts = self._parts
         optional = {"attention_mask": attention_mask, "position_ids": position_ids}
         given = {name: value for name, value in optional.items() if value is not None}
@@ -253,6 +255,10 @@ class MTPModel(nn.Module):
             parts.layers[-1] = last_layer
         return recorder.recorded
 
+    def _verify_structure(self) -> None:
+        verify_structure(self)
+        self._structure_verified = True
+
     def _run_states(self, trunk: TrunkOutput, num_heads: int) -> list[Tensor]:
         """Hidden states [B,S,D] of heads 0..num_heads-1 before the final norm."""
         states = [trunk.layer_arguments.run_layer(self.last_layer, trunk.trunk_BSD)]
@@ -267,61 +273,6 @@ class MTPModel(nn.Module):
 
         state_BSD: Tensor = self.extra_heads[head - 1](HeadInputs(trunk, states, embed_ahead))
         return state_BSD
-
-    # ---------------------------------------------------------------- checks
-
-    def verify_structure(self) -> None:
-        """Compare head 0 with the wrapped model on a few tokens.
-
-        Runs once: at construction, or at the first forward of a model that was built without weights.
-
-        Raises:
-            ModelLoadError: they differ: the model does something unknown after its last layer.
-        """
-        tokens = probe.probe_tokens(self._vocab_size, self.device)
-        with probe.evaluating(self):
-            expected_BSV = self.causal_lm(input_ids=tokens, use_cache=False).logits
-            hidden_BSD = self.run_head(0, self._run_trunk(tokens, None, None))
-            is_understood = hidden_BSD.shape[-1] == self.hidden_size and not probe.differs(
-                self.unembed(hidden_BSD), expected_BSV
-            )
-        if not is_understood:
-            raise ModelLoadError(
-                f"{type(self.causal_lm).__name__} changes its hidden states or logits after the last decoder "
-                "layer in a way that heads could not repeat",
-                remedy="use a model whose logits are unembedding(norm(last layer)), scaled or soft-capped",
-            )
-        self._structure_verified = True
-
-    def verify_document_isolation(self) -> None:
-        """Check on a few tokens that a document does not see the one packed before it.
-
-        Runs once, before the first packed batch.
-
-        Raises:
-            UserInputError: it does, as with recurrent layers.
-        """
-        name = type(self.causal_lm).__name__
-        remedy = (
-            "switch packing off (data.train.pack_sequences: false), or load the model with SDPA attention "
-            "where it has attention layers only"
-        )
-        if "position_ids" not in inspect.signature(self._parts.base.forward).parameters:
-            raise UserInputError(
-                f"{name} takes no positions, so it cannot keep packed documents apart", remedy=remedy
-            )
-        half = probe.PROBE_LENGTH // 2
-        tokens = probe.probe_tokens(self._vocab_size, self.device)
-        positions = (torch.arange(probe.PROBE_LENGTH, device=self.device) % half).expand_as(tokens)
-        with probe.evaluating(self):
-            hidden_BSD = self.run_head(0, self._run_trunk(tokens, None, positions))
-        if probe.differs(hidden_BSD[0, half:], hidden_BSD[1, half:]):
-            raise UserInputError(
-                f"{name} carries information from one packed document into the next (recurrent layers, or an "
-                "attention implementation that ignores restarted positions)",
-                remedy=remedy,
-            )
-        self._documents_verified = True
 
     # ---------------------------------------------------------------- properties
 

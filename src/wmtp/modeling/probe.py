@@ -7,11 +7,18 @@ is asked.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from wmtp.exceptions import ModelLoadError, UserInputError
+
+if TYPE_CHECKING:
+    from wmtp.modeling.mtp_model import MTPModel
 
 PROBE_LENGTH = 8
 
@@ -50,3 +57,52 @@ def differs(actual: Tensor, expected: Tensor) -> bool:
     is_half = expected.dtype in (torch.bfloat16, torch.float16)
     tolerance = torch.finfo(expected.dtype).eps * (1 / 64 if is_half else 16)
     return bool((actual - expected).abs().max() > tolerance * expected.abs().max())
+
+
+def verify_structure(model: MTPModel) -> None:
+    """Compare head 0 with the wrapped model on a few tokens.
+
+    Raises:
+        ModelLoadError: they differ: the model does something unknown after its last layer.
+    """
+    tokens = probe_tokens(model.unembedding_VD.shape[0], model.device)
+    with evaluating(model):
+        expected_BSV = model.causal_lm(input_ids=tokens, use_cache=False).logits
+        hidden_BSD = model.run_head(0, model.run_trunk_unchecked(tokens))
+        is_understood = hidden_BSD.shape[-1] == model.hidden_size and not differs(
+            model.unembed(hidden_BSD), expected_BSV
+        )
+    if not is_understood:
+        raise ModelLoadError(
+            f"{type(model.causal_lm).__name__} changes its hidden states or logits after the last decoder "
+            "layer in a way that heads could not repeat",
+            remedy="use a model whose logits are unembedding(norm(last layer)), scaled or soft-capped",
+        )
+
+
+def verify_document_isolation(model: MTPModel) -> None:
+    """Check on a few tokens that a document does not see the one packed before it.
+
+    Raises:
+        UserInputError: it does, as with recurrent layers.
+    """
+    name = type(model.causal_lm).__name__
+    remedy = (
+        "switch packing off (data.train.pack_sequences: false), or load the model with SDPA attention "
+        "where it has attention layers only"
+    )
+    if "position_ids" not in inspect.signature(model.causal_lm.base_model.forward).parameters:
+        raise UserInputError(
+            f"{name} takes no positions, so it cannot keep packed documents apart", remedy=remedy
+        )
+    half = PROBE_LENGTH // 2
+    tokens = probe_tokens(model.unembedding_VD.shape[0], model.device)
+    positions = (torch.arange(PROBE_LENGTH, device=model.device) % half).expand_as(tokens)
+    with evaluating(model):
+        hidden_BSD = model.run_head(0, model.run_trunk_unchecked(tokens, position_ids=positions))
+    if differs(hidden_BSD[0, half:], hidden_BSD[1, half:]):
+        raise UserInputError(
+            f"{name} carries information from one packed document into the next (recurrent layers, or an "
+            "attention implementation that ignores restarted positions)",
+            remedy=remedy,
+        )
