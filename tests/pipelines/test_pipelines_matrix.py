@@ -94,13 +94,17 @@ def test_real_run_trains_evaluates_reports_and_exports(recipe: str, horizon: int
 def test_mlflow_has_the_experiment_the_settings_and_the_report(tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
-    assert run_cli(*train_arguments("mtp_baseline", tmp_path, "--run-name", "run")) == 0
+    arguments = train_arguments("mtp_baseline", tmp_path, "--run-name", "run", "--tags", "mine")
+    assert run_cli(*arguments, "--trust-remote-code") == 0
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow/mlflow.db")
     experiment = client.get_experiment_by_name("mtp/baseline-mtp/microcode")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_name == "run"
     assert run.info.status == "FINISHED"
     assert run.data.params["model.mtp.horizon"] == "4"
+    # What only the command line may allow is on record with the run.
+    assert (run.data.tags["mine"], run.data.tags["trust_remote_code"]) == ("true", "true")
+    assert "unsafe_execution" not in run.data.tags
     assert "train/ce_head_3" in run.data.metrics
     names = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
     assert {"report.html", "metrics.jsonl", "config.yaml", "recipe.yaml"} <= names

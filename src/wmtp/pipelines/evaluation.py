@@ -62,7 +62,7 @@ def run_evaluation_pipeline(
         )
     # 1. What: the checkpoint, its tokenizer, the data of every measurement.
     environment = prepare_environment(config, recipe)
-    located = locate_model(config, checkpoint_path)
+    located = locate_model(checkpoint_path)
     model, tokenizer = load_located(config, recipe, environment, located, options)
     data = prepare_validation(config, recipe, tokenizer, model.horizon)
     tasks = evaluation_tasks(config, recipe)
@@ -85,7 +85,7 @@ def run_evaluation_pipeline(
         run_name=name,
         registry_uri=config.mlflow.registry_uri,
         artifact_location=config.mlflow.artifact_location,
-        tags={"checkpoint": checkpoint_path, **dict.fromkeys(options.tags, "true")},
+        tags={"checkpoint": checkpoint_path, **options.run_tags()},
     )
     status: RunStatus = "failed"
     try:

@@ -27,6 +27,11 @@ class RunOptions:
     unsafe_execution: bool = False
     trust_remote_code: bool = False
 
+    def run_tags(self) -> dict[str, str]:
+        """Tags of the tracked run: the user's own, and what the command line allowed beyond the settings."""
+        allowed = {"unsafe_execution": self.unsafe_execution, "trust_remote_code": self.trust_remote_code}
+        return dict.fromkeys([*self.tags, *(name for name, given in allowed.items() if given)], "true")
+
     def nested(self, run_name: str) -> RunOptions:
         """The options of a run that this one needs first."""
         return replace(self, run_name=run_name, tags=())

@@ -267,7 +267,7 @@ def _open_tracker(
         resume_step=None if checkpoint is None else checkpoint.step,
         registry_uri=mlflow.registry_uri,
         artifact_location=mlflow.artifact_location,
-        tags=dict.fromkeys(options.tags, "true"),
+        tags=options.run_tags(),
     )
     tracker.log_params({**redacted_dump(config), **redacted_dump(recipe)})
     write_settings(config, recipe, paths)
