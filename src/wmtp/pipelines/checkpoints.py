@@ -11,6 +11,8 @@ from wmtp.components.tokenizer import HfTokenizer
 from wmtp.distributed.checkpoint import load_checkpoint
 from wmtp.exceptions import CheckpointError
 from wmtp.modeling import MTPModel
+from wmtp.modeling.formats.kinds import PARAMS_FILE
+from wmtp.modeling.formats.sources import CONFIG_FILE
 from wmtp.modeling.lora import check_same_base
 from wmtp.modeling.trainable import load_checkpoint_tensors
 from wmtp.pipelines.builtin_models import prepare_builtin_model
@@ -19,6 +21,8 @@ from wmtp.pipelines.models import load_base, load_tokenizer
 from wmtp.pipelines.outputs import RunOptions
 from wmtp.settings import Config, Recipe, require_model
 from wmtp.storage import PathResolver
+
+_REMEDY = "give a run folder (runs/models/<run>), a step-N folder, an export, a model folder or a model id"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,27 +38,31 @@ class LocatedModel:
     is_training_state: bool
 
 
-def locate_model(config: Config, path: str) -> LocatedModel:
+def locate_model(path: str) -> LocatedModel:
     """Find what `path` names: an export in it, a model folder or id, or training checkpoints.
 
     Raises:
         CheckpointError: a local path that does not exist or holds neither.
     """
-    kind, resolved = PathResolver().resolve(path)
+    resolver = PathResolver()
+    kind, resolved = resolver.resolve(path)
     if kind != "local":
         return LocatedModel(resolved, is_training_state=False)
     folder = Path(resolved)
-    if (folder / "final" / "config.json").is_file():
+    if (folder / "final" / CONFIG_FILE).is_file():
         return LocatedModel(str(folder / "final"), is_training_state=False)
-    if (folder / "config.json").is_file():
-        return LocatedModel(str(folder), is_training_state=False)
-    if folder.name.startswith("step-") or any(folder.glob("step-*")):
+    # Before models in general: a step holds a file of weights too.
+    is_described = any((folder / name).is_file() for name in (CONFIG_FILE, PARAMS_FILE))
+    if not is_described and (folder.name.startswith("step-") or any(folder.glob("step-*"))):
         return LocatedModel(str(folder), is_training_state=True)
-    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) if folder.is_dir() else "nothing"
-    raise CheckpointError(
-        f"{path} is no checkpoint: there is {found or 'an empty folder'}",
-        remedy="give a run folder (runs/models/<run>), a step-N folder, an export or a model id",
-    )
+    if resolver.is_model_path(resolved):
+        return LocatedModel(resolved, is_training_state=False)
+    if not folder.exists():
+        raise CheckpointError(f"{path} does not exist", remedy=_REMEDY)
+    if not folder.is_dir():
+        raise CheckpointError(f"{path} is a file and no checkpoint", remedy=_REMEDY)
+    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8])
+    raise CheckpointError(f"{path} is no checkpoint: it holds {found or 'nothing'}", remedy=_REMEDY)
 
 
 def load_located(

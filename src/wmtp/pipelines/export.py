@@ -231,11 +231,11 @@ def _write_hugging_face(
 
 
 def _write_native(
-    folder: Path, model: MTPModel, tokenizer_model: Path | None, metadata: Mapping[str, Any], title: str
+    folder: Path, model: MTPModel, tokenizer_model: bytes | None, metadata: Mapping[str, Any], title: str
 ) -> None:
     write_native(model, folder, dtype=model.dtype)
     if tokenizer_model is not None:
-        shutil.copyfile(tokenizer_model, folder / TOKENIZER_MODEL)
+        (folder / TOKENIZER_MODEL).write_bytes(tokenizer_model)
     _write_card(folder, model, metadata, "meta", title)
 
 

@@ -12,43 +12,36 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from wmtp import __version__
 from wmtp.components.loader import MICRO_LLAMA, ModelLoaderContext
 from wmtp.components.loader.checkpoint_loader import find_checkpoint
+from wmtp.components.loader.sources import open_source
 from wmtp.components.loader.training_state import ARCHITECTURE_KEY, holds_adapters_only
-from wmtp.components.tokenizer import HfTokenizer
+from wmtp.components.tokenizer import HfTokenizer, RawTokenizer
 from wmtp.components.tokenizer.hf import TokenizerSettings
-from wmtp.components.tokenizer.raw_files import load_raw_tokenizer
+from wmtp.components.tokenizer.raw_files import RAW_FILES
 from wmtp.distributed.checkpoint import STATE_NAME, load_checkpoint
 from wmtp.exceptions import ModelLoadError, UserInputError
 from wmtp.factory import ComponentFactory
 from wmtp.modeling import MTPModel
 from wmtp.modeling.formats.kinds import PARAMS_FILE
-from wmtp.modeling.formats.meta_native import DTYPE_ATTRIBUTE
+from wmtp.modeling.formats.meta_native_write import original_dtype
 from wmtp.modeling.formats.sources import (
     CONFIG_FILE,
     WMTP_FILE,
     LocalSource,
     ModelSource,
-    locate_source,
     read_source_json,
 )
 from wmtp.modeling.lora import add_lora, check_same_base
 from wmtp.modeling.trainable import load_checkpoint_tensors
-from wmtp.pipelines.checkpoints import LocatedModel, locate_model
+from wmtp.pipelines.checkpoints import locate_model
 from wmtp.pipelines.provenance import hub_id, public_name
 from wmtp.settings import Config
-from wmtp.storage import PathResolver
+from wmtp.storage import PathResolver, S3Folder
 
 TOKENIZER_MODEL = "tokenizer.model"
 RUN_TOKENIZER = "tokenizer"
 """Folder of the run's tokenizer, beside its `step-N` folders."""
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    TOKENIZER_MODEL,
-    "tekken.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
+_HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,13 +52,13 @@ class ReadModel:
         model: the model, adapters not yet merged.
         dtype: precision it is to be written in.
         tokenizer: of the model; None where it has none that transformers reads.
-        tokenizer_model: its SentencePiece file; None where it has none.
+        tokenizer_model: contents of its SentencePiece file; None where it has none.
     """
 
     model: MTPModel
     dtype: torch.dtype
     tokenizer: PreTrainedTokenizerBase | None
-    tokenizer_model: Path | None
+    tokenizer_model: bytes | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +123,7 @@ class ExportSource:
         model: MTPModel = ComponentFactory.create_model_loader(Config()).run(context).model
         return ReadModel(
             model=model,
-            dtype=wanted or _native_dtype(model),
+            dtype=wanted or original_dtype(model.config),
             tokenizer=self._tokenizer(),
             tokenizer_model=self._tokenizer_model(),
         )
@@ -171,25 +164,30 @@ class ExportSource:
         return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
     def _tokenizer(self) -> PreTrainedTokenizerBase | None:
-        if self.files is not None and PARAMS_FILE in self.files.names():
-            file = self._tokenizer_model()
-            return None if file is None else load_raw_tokenizer(file)
         path = self.path
+        reader = HfTokenizer
         if self.training_state is not None:
             beside = Path(self.path).parent / RUN_TOKENIZER
             path = str(beside) if beside.is_dir() else self.training_state["export"]["tokenizer"]
-        elif self.files is not None and not self.files.names().intersection(_TOKENIZER_FILES):
-            return None
-        settings = TokenizerSettings(path=path, trust_remote_code=self.trust_remote_code)
-        return HfTokenizer(settings).tokenizer
+        elif self.files is not None and not self.files.names().intersection(_HUGGING_FACE_FILES):
+            if all(self._folder_with(name) is None for name in RAW_FILES):
+                return None
+            reader = RawTokenizer
+        return reader(TokenizerSettings(path=path, trust_remote_code=self.trust_remote_code)).tokenizer
 
-    def _tokenizer_model(self) -> Path | None:
-        """The SentencePiece file, beside the model or, for Meta's layout, one folder up."""
+    def _tokenizer_model(self) -> bytes | None:
+        folder = self._folder_with(TOKENIZER_MODEL)
+        if folder is None:
+            return None
+        with folder.open(TOKENIZER_MODEL) as stream:
+            return stream.read()
+
+    def _folder_with(self, name: str) -> ModelSource | None:
+        """Where a file of the tokenizer is: beside the model or, for Meta's layout, one folder up."""
         if self.files is None:
             return None
-        found = self.files.find(TOKENIZER_MODEL)
         above = self.files.parent() if PARAMS_FILE in self.files.names() else None
-        return above.find(TOKENIZER_MODEL) if found is None and above is not None else found
+        return next((folder for folder in (self.files, above) if folder and name in folder.names()), None)
 
 
 def read_source(checkpoint: str, *, trust_remote_code: bool) -> ExportSource:
@@ -198,7 +196,8 @@ def read_source(checkpoint: str, *, trust_remote_code: bool) -> ExportSource:
     Raises:
         CheckpointError: a local path that does not exist or holds no model.
         ModelLoadError: a hub id that cannot be had.
-        UserInputError: a place models are not read from.
+        StorageError: S3 does not give it.
+        UserInputError: a model that lies nowhere yet.
     """
     kind, resolved = PathResolver().resolve(checkpoint)
     if kind == "builtin":
@@ -210,17 +209,12 @@ def read_source(checkpoint: str, *, trust_remote_code: bool) -> ExportSource:
         return ExportSource(
             path=resolved, files=None, training_state=None, trust_remote_code=trust_remote_code
         )
-    if kind not in ("local", "hub"):
-        raise UserInputError(
-            f"{checkpoint} is neither on this machine nor on the hub",
-            remedy="copy it here and give its folder",
-        )
-    is_native = kind == "local" and (Path(resolved) / PARAMS_FILE).is_file()
-    located = (
-        LocatedModel(resolved, is_training_state=False) if is_native else locate_model(Config(), checkpoint)
-    )
+    located = locate_model(checkpoint)
     path = str(find_checkpoint(Path(located.path))) if located.is_training_state else located.path
-    files = locate_source(path)
+    files = open_source(Config(), path)
+    if isinstance(files, S3Folder):
+        # It may be the `final` folder of the run that was named.
+        path = str(files)
     state = _training_state(files) if located.is_training_state else None
     return ExportSource(path=path, files=files, training_state=state, trust_remote_code=trust_remote_code)
 
@@ -233,11 +227,3 @@ def _training_state(files: ModelSource) -> dict[str, Any]:
             remedy="resume the run with --resume, which writes a new checkpoint, or export its final folder",
         )
     return state
-
-
-def _native_dtype(model: MTPModel) -> torch.dtype:
-    """The precision that Meta's native reader found on disk and noted in the configuration."""
-    name = str(model.config.to_dict()[DTYPE_ATTRIBUTE])
-    dtype = getattr(torch, name.removeprefix("torch."))
-    assert isinstance(dtype, torch.dtype)
-    return dtype

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from wmtp.exceptions import UserInputError
 from wmtp.modeling.formats.kinds import PARAMS_FILE
@@ -48,7 +48,7 @@ def write_native(model: MTPModel, directory: Path, *, dtype: torch.dtype | None 
     """
     config = _check_expressible(model)
     params = _params_for(config, model.horizon)
-    tensors = _native_tensors(model, config, dtype or _original_dtype(config))
+    tensors = _native_tensors(model, config, dtype or original_dtype(config))
     directory.mkdir(parents=True, exist_ok=True)
     torch.save(tensors, directory / WEIGHTS_FILE)
     (directory / PARAMS_FILE).write_text(json.dumps(params, indent=2) + "\n", encoding="utf-8")
@@ -90,8 +90,8 @@ def _check_expressible(model: MTPModel) -> LlamaConfig:
     return config
 
 
-def _original_dtype(config: LlamaConfig) -> torch.dtype:
-    """Return the dtype on disk of the checkpoint the model came from."""
+def original_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """Return the dtype on disk of the native checkpoint a model came from, of others that of its configuration."""
     # Saving in the Hugging Face layout replaces config.dtype, by a short string; the other attribute stays.
     name = str(config.to_dict().get(DTYPE_ATTRIBUTE) or config.dtype or torch.float32)
     dtype = DTYPES.get(f"torch.{name.removeprefix('torch.')}")
