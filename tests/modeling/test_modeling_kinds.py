@@ -159,6 +159,16 @@ def test_a_loaded_model_does_not_share_memory_with_its_files(write, tmp_path: Pa
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_transposed_views_in_a_torch_file_load_as_plain_tensors_that_can_be_exported(tmp_path: Path) -> None:
+    _pickle(tmp_path / "base")
+    file = tmp_path / "base" / "pytorch_model.bin"
+    state = torch.load(file)
+    torch.save({name: t.T.contiguous().T if t.ndim == 2 else t for name, t in state.items()}, file)
+    model = MTPModel.from_pretrained(tmp_path / "base", horizon=2)
+    assert all(torch.equal(model.causal_lm.state_dict()[name], tensor) for name, tensor in state.items())
+    model.save_pretrained(tmp_path / "export")
+
+
 def test_two_kinds_in_one_folder_are_an_error_that_lists_both(tmp_path: Path) -> None:
     _hugging_face(tmp_path)
     _native(tmp_path)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:
@@ -35,3 +36,21 @@ def restore_tied_copies(module: nn.Module, state_dict: dict[str, Any], prefix: s
     for name, kept in tied_names(module).items():
         if prefix + kept in state_dict:
             state_dict.setdefault(prefix + name, state_dict[prefix + kept])
+
+
+def floating_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, and buffers that are saved, which hold floating-point numbers; each once, by name."""
+    saved = module.state_dict()
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name in saved}
+    tensors = {**dict(module.named_parameters()), **buffers}
+    return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+
+
+def set_precision(module: nn.Module, dtype: torch.dtype) -> None:
+    """Convert `floating_tensors` in place.
+
+    Buffers that are made anew on loading stay, unlike with `module.to(dtype)`: rotary frequencies in 16 bits
+    would put the tokens of a long text at wrong positions.
+    """
+    for tensor in floating_tensors(module).values():
+        tensor.data = tensor.data.to(dtype)

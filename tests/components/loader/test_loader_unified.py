@@ -69,6 +69,38 @@ def test_a_step_loads_without_its_base_bit_for_bit(config, heads, tmp_path: Path
     assert loaded.metadata["horizon"] == model.horizon
 
 
+@pytest.mark.parametrize("path", ["step", MICRO_LLAMA])
+def test_positions_stay_exact_where_the_parameters_have_16_bits(path: str, tmp_path: Path) -> None:
+    if path == "step":
+        path = str(_save(tmp_path, 20, _model()))
+    half, full = (_load(path, dtype=dtype).model.causal_lm for dtype in (torch.bfloat16, torch.float32))
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert half.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(half.model.rotary_emb.inv_freq, full.model.rotary_emb.inv_freq)
+
+
+def test_embeddings_that_are_tied_by_name_only_stay_two_from_file_to_step_to_export(tmp_path: Path) -> None:
+    """A configuration may say that they are tied while the files hold two: then two are trained."""
+    model = _model(LlamaConfig(**_SIZES, tie_word_embeddings=True), horizon=2)
+    untied = torch.nn.Parameter(torch.randn(64, 32))
+    model.causal_lm.lm_head.weight = untied
+    _save(tmp_path, 10, model)
+    loaded = _load(tmp_path).model
+    assert torch.equal(loaded.unembedding_VD, untied)
+    assert torch.equal(loaded.causal_lm.model.embed_tokens.weight, model.causal_lm.model.embed_tokens.weight)
+    loaded.save_pretrained(tmp_path / "final")
+    exported = _load(tmp_path).model
+    for each in (loaded, exported):
+        assert torch.equal(each(_TOKENS).logits(), model(_TOKENS).logits())
+
+
+def test_loading_a_step_draws_no_random_numbers(tmp_path: Path) -> None:
+    step = _save(tmp_path, 10, _model())
+    before = torch.get_rng_state()
+    _load(step)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_run_folder_gives_its_newest_valid_step_and_then_its_export(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

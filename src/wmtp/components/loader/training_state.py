@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from wmtp.components.loader.checkpoint_loader import find_checkpoint
 from wmtp.distributed.checkpoint import STATE_NAME, load_checkpoint
@@ -18,7 +19,7 @@ from wmtp.modeling.formats.configuration import build_config, causal_lm_class, c
 from wmtp.modeling.formats.parts import LoadedParts
 from wmtp.modeling.formats.tensors import check_tensors, shapes_of
 from wmtp.modeling.heads import HEAD_FORMS, SavedHeads, check_offsets
-from wmtp.modeling.state_dict import tied_names
+from wmtp.modeling.state_dict import set_precision, tied_names
 
 ARCHITECTURE_KEY = "architecture"
 _TRUNK = "causal_lm."
@@ -60,7 +61,8 @@ def read_training_state(folder: Path, *, dtype: torch.dtype) -> LoadedParts:
     causal_lm = _build(content, file)
     _fill(causal_lm, tensors, weights)
     # Training keeps the parameters in fp32; whoever only uses the model may want less.
-    causal_lm.to(dtype).eval()  # type: ignore[arg-type]
+    set_precision(causal_lm, dtype)
+    causal_lm.eval()  # type: ignore[no-untyped-call]
 
     def head_tensors(head: int) -> dict[str, Tensor]:
         prefix = f"extra_heads.{head - 1}."
@@ -85,17 +87,24 @@ def _read_description(state: dict[str, Any], file: str) -> tuple[SavedHeads, dic
 
 
 def _build(content: dict[str, Any], file: str) -> PreTrainedModel:
+    """Build the model with parameters that hold nothing yet."""
     config = build_config(content, file)
     model_class = causal_lm_class(config, file)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), no_init_weights():
         model: PreTrainedModel = model_class(text_config(config, model_class))
+    model.tie_weights()  # part of the initialisation that was left out
     return model
 
 
 def _fill(causal_lm: PreTrainedModel, tensors: dict[str, Tensor], file: str) -> None:
     own = {name.removeprefix(_TRUNK): t for name, t in tensors.items() if name.startswith(_TRUNK)}
     for name, kept in tied_names(causal_lm).items():
-        if kept in own:
-            own.setdefault(name, own[kept])
+        if name in own:
+            # The configuration ties them and the base had two different ones, which stay apart.
+            owner, _, leaf = name.rpartition(".")
+            parameter = nn.Parameter(torch.empty_like(causal_lm.get_parameter(name)))
+            setattr(causal_lm.get_submodule(owner), leaf, parameter)
+        elif kept in own:
+            own[name] = own[kept]
     check_tensors(file, shapes_of(causal_lm.state_dict()), shapes_of(own))
     causal_lm.load_state_dict(own)

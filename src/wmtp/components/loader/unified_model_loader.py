@@ -20,6 +20,7 @@ from wmtp.modeling.formats.load import assemble, read_parts
 from wmtp.modeling.formats.parts import LoadedParts
 from wmtp.modeling.formats.sources import LocalSource, ModelSource
 from wmtp.modeling.heads import Adapter, HeadForm, HeadRequest
+from wmtp.modeling.state_dict import set_precision
 from wmtp.settings import Config
 
 
@@ -92,7 +93,7 @@ class UnifiedModelLoader(Component[ModelLoaderContext, LoadedModel]):
                 adapter=context.adapter,
                 offsets=context.offsets,
             )
-            model.to(context.dtype)
+            set_precision(model, context.dtype)
             kind = "builtin"
         else:
             source = open_source(self.config, context.model_path)

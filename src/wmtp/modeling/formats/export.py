@@ -23,6 +23,7 @@ from wmtp.modeling.formats.sources import HEADS_FILE, WMTP_FILE, ModelSource, re
 from wmtp.modeling.formats.tensors import open_tensors
 from wmtp.modeling.heads import HEAD_FORMS, SavedHeads, check_offsets
 from wmtp.modeling.lora import plain_state_dict
+from wmtp.modeling.state_dict import floating_tensors, set_precision
 
 if TYPE_CHECKING:
     from wmtp.modeling.mtp_model import MTPModel
@@ -115,20 +116,13 @@ def _made_valid(config: GenerationConfig) -> GenerationConfig:
 
 
 def convert_dtype(model: MTPModel, dtype: torch.dtype) -> None:
-    """Convert parameters, and buffers that are saved, in place to the precision they are to be written in.
-
-    Buffers that are made anew on loading (rotary frequencies) stay, so that the model goes on computing what
-    the written one will.
+    """Convert a model in place to the precision it is to be written in, see `set_precision`.
 
     Raises:
         ModelLoadError: a tensor has values that are not finite in this precision; the message names it.
     """
-    saved = model.state_dict()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    for name, tensor in {**dict(model.named_parameters()), **buffers}.items():
-        if not tensor.is_floating_point():
-            continue
-        tensor.data = tensor.data.to(dtype)
+    set_precision(model, dtype)
+    for name, tensor in floating_tensors(model).items():
         if not bool(torch.isfinite(tensor).all()):
             raise ModelLoadError(
                 f"tensor {name!r} has values that {str(dtype).removeprefix('torch.')} cannot hold",

@@ -77,7 +77,8 @@ class StoredTensor:
     read: Callable[[], Tensor]
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.read()[index].clone()
+        # Contiguous too: a torch file may hold transposed views, which could be loaded and not be saved.
+        return self.read()[index].clone(memory_format=torch.contiguous_format)
 
 
 class StoredTensors(Mapping[str, Tensor]):
