@@ -140,6 +140,7 @@ CASES: dict[str, Case] = {
         algo="critic-wmtp", precision="bf16", layers=2, length=256, rows=1, pretrain_rows=16
     ),
     "critic, stage 1, fp32": Case(algo="critic-wmtp", layers=2, length=256, rows=1, pretrain_rows=16),
+    "large vocabulary, bf16": Case(vocab=32000, length=256, rows=1, precision="bf16"),
     "large vocabulary": Case(vocab=32000, length=256, rows=1),
     "long": Case(length=2048, rows=1, layers=4),
     "wide vocabulary, wide model": Case(

@@ -113,6 +113,7 @@ def build() -> Callable[..., Built]:
         features: Sequence[dict[str, Any]] | None = None,
         callbacks: Sequence[Callback] = (),
         perturb_heads: bool = True,
+        precision: torch.dtype = torch.float32,
     ) -> Built:
         mtp = recipe.model.mtp
         model = MTPModel.from_causal_lm(
@@ -167,6 +168,7 @@ def build() -> Callable[..., Built]:
             data=TrainingData(features, plan, collator),
             scorer=scorer,
             callbacks=[_LossRecorder(losses), *callbacks],
+            precision=precision,
         )
         trainer = ComponentFactory.create_trainer(recipe, Config())
         trainer.setup(context)

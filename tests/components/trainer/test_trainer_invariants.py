@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest_trainer import Built, make_recipe, parameters, run, tiny_features, tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wmtp.objectives import IGNORE_INDEX
 
@@ -175,6 +176,30 @@ def test_offsets_decide_what_a_head_learns_and_which_weight_it_gets(build: Calla
                     total += sum(terms) / len(terms)
                     num_positions += 1
     assert float(step([batch]).loss) == pytest.approx(total / num_positions, rel=1e-6)
+
+
+class _Products(TorchDispatchMode):
+    """Counts matrix products by the dtype they run in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm.out):
+            self.dtypes.add(args[1].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["baseline", "rho1 weighted"])
+def test_in_bf16_every_matrix_product_runs_in_bf16_the_unembedding_too(
+    name: str, build: Callable[..., Built]
+) -> None:
+    built = build(make_recipe(**ALGORITHMS[name]), dtype=torch.float32, precision=torch.bfloat16)
+    with _Products() as products:
+        built.trainer.training_run.train_step([built.context.data.batch(0)])
+    assert products.dtypes == {torch.bfloat16}
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in built.context.model.parameters())
 
 
 @pytest.mark.parametrize("name", ["rho1 weighted", "critic value"])

@@ -109,13 +109,16 @@ class TrainStep:
         batches: Sequence[Batch],
         result: StepResult,
     ) -> None:
-        mtp = self.loss_of(batch, output, weight_BSH, normalizer)
-        total = self.loss.scale * mtp.loss
-        if self.auxiliary_loss is not None:
-            extra, metrics = self.auxiliary_loss(batch, output, batches)
-            total = total + extra
-            for name, value in metrics.items():
-                result.metrics[name] = result.metrics.get(name, 0.0) + value
+        # The losses run in the precision of the forward: the products with the unembedding are a good
+        # part of a step. Softmax, cross entropy and values are fp32 in any case.
+        with self.autocast():
+            mtp = self.loss_of(batch, output, weight_BSH, normalizer)
+            total = self.loss.scale * mtp.loss
+            if self.auxiliary_loss is not None:
+                extra, metrics = self.auxiliary_loss(batch, output, batches)
+                total = total + extra
+                for name, value in metrics.items():
+                    result.metrics[name] = result.metrics.get(name, 0.0) + value
         total.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
         result.loss = result.loss + self.loss.scale * mtp.loss.detach()
         result.ce_sum_H += mtp.ce_BSH.sum(dim=(0, 1))

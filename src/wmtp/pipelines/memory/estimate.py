@@ -13,7 +13,7 @@ peak: the loss, the first and the last layer of the backward, the update, scorin
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -165,7 +165,7 @@ class _Moments:
             moments["the value loss"] = {
                 **forward,
                 "loss": self._loss_gradients(),
-                "value activations": self._value_activations(replace(self.work, compute=_FP32)),
+                "value activations": self._value_activations(self.work),
             }
         if self.helpers.value_head is not None:
             moments["stage 1"] = self._stage_1(self.helpers.value_head)
@@ -222,15 +222,26 @@ class _Moments:
         return _FP32 * (numbers + (weight_VD.numel() if weight_VD.requires_grad else 0))
 
     def _loss_bytes(self) -> int:
-        """The fused cross entropy, in fp32: the larger of its forward and its backward."""
+        """The fused cross entropy: the larger of its forward and its backward."""
         vocab_size, hidden = self.model.unembedding_VD.shape
-        rows = min(chunk_rows(vocab_size, self.device_type), self.work.num_tokens * self.model.horizon)
+        num_pairs = self.work.num_tokens * self.model.horizon
+        rows = min(chunk_rows(vocab_size, self.device_type), num_pairs)
+        compute = self.work.compute
         # Logits and probabilities of a chunk; its hidden states, plain and weighted; their gradient, twice.
-        chunk = _FP32 * rows * (2 * vocab_size + 4 * hidden)
-        gradients = self._loss_gradients()
+        chunk = rows * (vocab_size * (compute + _FP32) + 2 * hidden * (compute + _FP32))
+        gradients = held = self._loss_gradients()
+        if self.work.is_mixed:
+            is_trained = self.model.unembedding_VD.requires_grad
+            # The gradient of the logits once more, and copies in 16 bits of the unembedding and of each
+            # chunk's part of its gradient; the gradient of the hidden states waits in 16 bits.
+            chunk += compute * (rows * vocab_size + (1 + is_trained) * vocab_size * hidden)
+            held -= (_FP32 - compute) * num_pairs * hidden
+            if is_trained and self.device_type == "cpu":
+                # Adding numbers of two widths, a CPU makes a copy of the narrower ones first.
+                chunk += _FP32 * vocab_size * hidden
         # The backward scales the gradients into new tensors before it lets go of the old ones; the value
         # loss has been through its own backward by then.
-        return gradients + max(chunk, gradients + self._value_gradients())
+        return held + max(chunk, gradients + self._value_gradients())
 
     def _scoring_bytes(self) -> int:
         """A chunk of the logits of head 0, in the compute precision, and its probabilities in fp32."""
