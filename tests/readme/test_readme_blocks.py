@@ -30,7 +30,8 @@ def test_the_commands_run_on_a_small_budget(
 ) -> None:
     monkeypatch.chdir(ROOT)
     commands = [line for block in _blocks("bash") for line in block.splitlines() if line.startswith("wmtp ")]
-    assert [shlex.split(command)[1] for command in commands] == ["validate", "train", "train", "eval"]
+    names = [shlex.split(command, comments=True)[1] for command in commands]
+    assert names == ["validate", "train", "train", "eval", "export", "export"]
     # The same commands on an untrained model, few steps and few problems, so that the test takes seconds.
     small = [
         "paths.models.base=builtin:micro-llama",
@@ -42,13 +43,17 @@ def test_the_commands_run_on_a_small_budget(
         "eval.max_problems=4",
         "eval.max_new_tokens=8",
     ]
-    for command in commands:
-        arguments = shlex.split(command.replace("runs/models", str(tmp_path / "models")))[1:]
-        for override in [*small, f"paths.output={tmp_path}"]:
+    for name, command in zip(names, commands, strict=True):
+        arguments = shlex.split(command.replace("runs/models", str(tmp_path / "models")), comments=True)[1:]
+        if name == "export":
+            arguments[arguments.index("--output") + 1] = str(tmp_path / arguments[4])
+        for override in [] if name == "export" else [*small, f"paths.output={tmp_path}"]:
             arguments += ["--set", override]
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
         assert not stopped.value.code, capsys.readouterr().err
+    assert (tmp_path / "my-model" / "config.json").is_file()
+    assert (tmp_path / "my-native-model" / "consolidated.pth").is_file()
 
 
 def test_every_link_of_the_readme_and_the_docs_leads_somewhere() -> None:
