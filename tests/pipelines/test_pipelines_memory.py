@@ -13,8 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wmtp.modeling import MTPModel
-from wmtp.objectives import fused_cross_entropy
-from wmtp.pipelines.memory import Helpers, MemoryEstimate, chunk_rows, estimate_training
+from wmtp.pipelines.memory import Helpers, MemoryEstimate, estimate_training
 from wmtp.settings import Recipe
 
 BAND = 0.15
@@ -109,15 +108,6 @@ def test_half_precision_keeps_less_per_token_and_copies_of_the_weights() -> None
     assert _estimate(2, data=long).parts["activations"] < _estimate(4, data=long).parts["activations"]
     short = {"train": {"sources": ["microcode"], "max_length": 4, "pack_sequences": False}}
     assert _estimate(2, data=short).parts["activations"] > _estimate(4, data=short).parts["activations"]
-
-
-@pytest.mark.parametrize("vocab_size", [100, 32000, 128256])
-@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_the_chunk_is_the_one_that_the_loss_uses(vocab_size: int, device_type: str) -> None:
-    is_cuda = device_type == "cuda"
-    budget = fused_cross_entropy._CHUNK_BYTES_CUDA if is_cuda else fused_cross_entropy._CHUNK_BYTES
-    expected = max(fused_cross_entropy._MIN_CHUNK_ROWS, budget // (4 * vocab_size))
-    assert chunk_rows(vocab_size, device_type) == expected
 
 
 def test_the_description_names_total_device_moment_and_parts() -> None:

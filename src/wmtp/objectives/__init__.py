@@ -5,7 +5,11 @@ vocabulary, D hidden, N flattened. Head h (0-based) at position t predicts token
 """
 
 from wmtp.objectives.advantages import explained_variance, generalized_advantages, roc_auc
-from wmtp.objectives.fused_cross_entropy import token_cross_entropy, weighted_mtp_cross_entropy
+from wmtp.objectives.fused_cross_entropy import (
+    default_chunk_size,
+    token_cross_entropy,
+    weighted_mtp_cross_entropy,
+)
 from wmtp.objectives.labels import (
     IGNORE_INDEX,
     REDUCTIONS,
@@ -56,6 +60,7 @@ __all__ = [
     "compute_weighted_mtp_loss",
     "count_positions",
     "count_targets",
+    "default_chunk_size",
     "excess_loss",
     "explained_variance",
     "generalized_advantages",

@@ -145,6 +145,12 @@ def token_cross_entropy(
     return ce_N.reshape(labels_BS.shape)
 
 
+def default_chunk_size(vocab_size: int, device_type: str) -> int:
+    """Return how many pairs of position and head have their logits in memory at a time."""
+    budget = _CHUNK_BYTES_CUDA if device_type == "cuda" else _CHUNK_BYTES
+    return max(_MIN_CHUNK_ROWS, budget // (4 * vocab_size))
+
+
 class _FusedCrossEntropy(torch.autograd.Function):
     """Sum of coefficient * cross entropy; gradients are made in `forward`, `backward` scales them."""
 
@@ -300,8 +306,7 @@ def _logits_spec(
     if softcap is not None and not softcap > 0:
         raise UserInputError(f"logit_softcap is {softcap}, but must be above 0", remedy="None means no cap")
     if chunk_size is None:
-        budget = _CHUNK_BYTES_CUDA if hidden.device.type == "cuda" else _CHUNK_BYTES
-        chunk_size = max(_MIN_CHUNK_ROWS, budget // (4 * unembedding_VD.shape[0]))
+        chunk_size = default_chunk_size(unembedding_VD.shape[0], hidden.device.type)
     if chunk_size < 1:
         raise UserInputError(f"chunk_size is {chunk_size}, but must be at least 1")
     dtype = torch.promote_types(hidden.dtype, unembedding_VD.dtype)

@@ -179,6 +179,16 @@ def test_what_the_reward_model_cannot_read_is_an_error_with_the_number(tokenizer
         _scorer(tokenizer, tokenizer, "token", vocabulary=60).reward(EXAMPLES, "data")
 
 
+def test_a_program_cut_before_its_first_character_is_an_error_in_words(tokenizer: HfTokenizer) -> None:
+    short = HfTokenizer({"tokenizer": tokenizer.tokenizer, "max_length": 2})
+    bare = build_tokenizer(vocab_size=270)
+    bare.bos_token = bare.eos_token = None
+    example = Example("e", "", "\U0001f642")
+    assert len(short.tokenize_dataset([example])[0]["input_ids"]) == 2
+    with pytest.raises(UserInputError, match=r"no text(.|\n)*max_length"):
+        _scorer(short, HfTokenizer({"tokenizer": bare}), "token").reward([example], "data")
+
+
 def test_a_score_that_is_not_finite_is_an_error_naming_the_row(tokenizer: HfTokenizer) -> None:
     model = _reward_model(len(tokenizer.tokenizer))
     model.head.weight.fill_(math.nan)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypedDict
 
+from torch import Tensor
+
 from wmtp.evaluation.tasks import Task
 
 # A number (the sample), a list of numbers (one per token of the text without special tokens, or one per
@@ -61,3 +63,10 @@ Bin: TypeAlias = list[Feature]
 
 # What a collator returns: tensors, and `row_ids` (a list of strings for each row of the batch).
 Batch: TypeAlias = dict[str, Any]
+
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids")
+
+
+def model_inputs(batch: Batch) -> dict[str, Tensor]:
+    """The part of a batch that a model's forward takes, by the names of its arguments."""
+    return {name: batch[name] for name in _MODEL_INPUTS}

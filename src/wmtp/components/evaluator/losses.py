@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wmtp.components.base import Component
 from wmtp.components.data import to_device
-from wmtp.components.data.examples import Batch
+from wmtp.components.data.examples import Batch, model_inputs
 from wmtp.components.evaluator.base import (
     EvaluationResult,
     EvaluatorContext,
@@ -145,12 +145,7 @@ def _forward(model: MTPModel, batch: Batch, autocast: Autocast) -> tuple[MTPOutp
     """Run the model on a batch; returns its output and every head's targets [B,S,H]."""
     batch = to_device(batch, model.device)
     with autocast():
-        output: MTPOutput = model(
-            batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            position_ids=batch["position_ids"],
-            document_ids=batch["document_ids"],
-        )
+        output: MTPOutput = model(**model_inputs(batch))
     labels_BSH = shift_labels(
         batch["token_labels"],
         model.horizon,

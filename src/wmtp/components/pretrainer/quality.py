@@ -7,11 +7,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from wmtp.components.data import evaluation_batches
+from wmtp.components.data import evaluation_batches, to_device
 from wmtp.components.data.batching import Collator
-from wmtp.components.data.examples import Batch, Feature
+from wmtp.components.data.examples import Batch, Feature, model_inputs
 from wmtp.modeling import MTPModel, MTPOutput, ValueHead, evaluating
 from wmtp.objectives import explained_variance, roc_auc
 
@@ -89,8 +88,5 @@ def measure_critic(
 
 def forward_trunk_and_head(model: MTPModel, batch: Batch, device: torch.device) -> MTPOutput:
     """Forward of the trunk and head 0 on a collated batch."""
-    inputs: dict[str, Tensor] = {
-        name: batch[name].to(device) for name in ("attention_mask", "position_ids", "document_ids")
-    }
-    output: MTPOutput = model(batch["input_ids"].to(device), num_heads=1, **inputs)
+    output: MTPOutput = model(**model_inputs(to_device(batch, device)), num_heads=1)
     return output

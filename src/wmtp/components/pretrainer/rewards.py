@@ -128,6 +128,11 @@ class ProgramScorer:
         return scores
 
     def _check_fits(self, ids: list[int]) -> None:
+        if not ids:
+            raise UserInputError(
+                "a program has no text for the reward model's tokenizer to read",
+                remedy="raise data.train.max_length, or leave empty programs out of the data",
+            )
         limit = self._model.context_length
         if limit is not None and len(ids) > limit:
             raise UserInputError(

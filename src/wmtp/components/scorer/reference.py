@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wmtp.components.data import CollatorSettings, LMDataCollator, to_device
-from wmtp.components.data.examples import Batch, Feature
+from wmtp.components.data.examples import Batch, Feature, model_inputs
 from wmtp.components.scorer.base import ScorerContext
 from wmtp.components.scorer.losses import token_losses
 from wmtp.components.tokenizer.alignment import carry_over
@@ -32,13 +32,7 @@ class _Place:
 
 def head_losses(model: MTPModel, batch: Batch, needed_BS: Tensor) -> Tensor:
     """Loss of a model's head 0 on the needed tokens of a batch of its own ids, fp32 [B,S] by token."""
-    output = model(
-        batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"],
-        document_ids=batch["document_ids"],
-        num_heads=1,
-    )
+    output = model(**model_inputs(batch), num_heads=1)
     return token_losses(model, output.hidden_BSHD[:, :, 0], batch, needed_BS)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from wmtp.components.data.examples import Batch
+from wmtp.components.data.examples import Batch, model_inputs
 from wmtp.components.trainer.weighting import StepWeights
 from wmtp.modeling import MTPModel, MTPOutput
 from wmtp.objectives import MtpLoss, loss_normalizer, weighted_mtp_cross_entropy
@@ -91,13 +91,7 @@ class TrainStep:
     def forward(self, batch: Batch, *, num_heads: int | None = None) -> MTPOutput:
         """The model's forward on a micro-batch, in the run's precision."""
         with self.autocast():
-            output: MTPOutput = self.model(
-                batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                position_ids=batch["position_ids"],
-                document_ids=batch["document_ids"],
-                num_heads=num_heads,
-            )
+            output: MTPOutput = self.model(**model_inputs(batch), num_heads=num_heads)
         return output
 
     def _backward(

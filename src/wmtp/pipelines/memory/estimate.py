@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from wmtp.modeling import MTPModel, ValueHead
+from wmtp.objectives import default_chunk_size
 from wmtp.pipelines.memory.activations import Counter, LayerShape, Workload
 from wmtp.settings import Config, Recipe
 
@@ -26,10 +27,6 @@ _FP32 = 4
 _MOMENTS = 8
 # nf4 with its scales quantised too: 4 bits, and 8 bits and 32/256 bits of scale for every 64 numbers.
 _PACKED_BYTES = (4 + (8 + 32 / 256) / 64) / 8
-# Of the fused cross entropy: bytes of one chunk of logits, and the fewest rows, by kind of device.
-_CHUNK_BYTES = {"cuda": 2**30}
-_CHUNK_BYTES_ELSEWHERE = 16 * 2**20
-_MIN_CHUNK_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +73,6 @@ class MemoryEstimate:
         """One line for people."""
         listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.parts.items() if size)
         return f"{format_bytes(self.total)} on {self.device}, at {self.moment} ({listed})"
-
-
-def chunk_rows(vocab_size: int, device_type: str) -> int:
-    """Pairs of position and head whose logits the fused cross entropy holds at a time."""
-    return max(_MIN_CHUNK_ROWS, _CHUNK_BYTES.get(device_type, _CHUNK_BYTES_ELSEWHERE) // (4 * vocab_size))
 
 
 def estimate_memory(config: Config, recipe: Recipe, model: MTPModel, helpers: Helpers) -> MemoryEstimate:
@@ -225,7 +217,7 @@ class _Moments:
         """The fused cross entropy: the larger of its forward and its backward."""
         vocab_size, hidden = self.model.unembedding_VD.shape
         num_pairs = self.work.num_tokens * self.model.horizon
-        rows = min(chunk_rows(vocab_size, self.device_type), num_pairs)
+        rows = min(default_chunk_size(vocab_size, self.device_type), num_pairs)
         compute = self.work.compute
         # Logits and probabilities of a chunk; its hidden states, plain and weighted; their gradient, twice.
         chunk = rows * (vocab_size * (compute + _FP32) + 2 * hidden * (compute + _FP32))
@@ -246,7 +238,7 @@ class _Moments:
     def _scoring_bytes(self) -> int:
         """A chunk of the logits of head 0, in the compute precision, and its probabilities in fp32."""
         vocab_size, hidden = self.model.unembedding_VD.shape
-        rows = min(chunk_rows(vocab_size, self.device_type), self.work.num_tokens)
+        rows = min(default_chunk_size(vocab_size, self.device_type), self.work.num_tokens)
         copy = vocab_size * hidden * self.work.compute if self.work.is_mixed else 0
         return rows * vocab_size * (self.work.compute + _FP32) + copy
 
