@@ -154,7 +154,23 @@ def test_validation_says_when_rewards_must_be_carried_over(tmp_path: Path) -> No
     findings = {
         finding.subject: finding.detail for finding in validate_settings(config, recipe, RunOptions())
     }
-    assert findings["reward tokenizer"].endswith("aligned by characters")
+    assert findings["reward tokenizer"].endswith("by characters")
+
+
+def test_validation_looks_into_the_files_for_what_a_model_is(tmp_path: Path) -> None:
+    starling = _save_reward_model(tmp_path / "starling", "starling")
+    LlamaConfig(vocab_size=len(build_tokenizer()), **SIZES).save_pretrained(starling)
+    plain = tmp_path / "plain"
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(build_tokenizer()), **SIZES)).save_pretrained(plain)
+    build_tokenizer().save_pretrained(plain)
+    with pytest.raises(UserInputError, match="plain is a Hugging Face model, not a reward model"):
+        validate_settings(*_settings(tmp_path, plain), RunOptions())
+    config, recipe = _settings(tmp_path, starling)
+    validate_settings(config, recipe, RunOptions())
+    models = {"base": str(starling), "rm": str(starling)}
+    wrong = Config.model_validate({"paths": {"models": models}, "devices": {"accelerator": "cpu"}})
+    with pytest.raises(UserInputError, match="layout of Starling-RM, not a causal language model"):
+        validate_settings(wrong, recipe, RunOptions())
 
 
 @pytest.mark.parametrize("is_named", [True, False])

@@ -18,6 +18,7 @@ from wmtp.modeling import MTPModel
 from wmtp.pipelines.checkpoints import load_located, locate_model
 from wmtp.pipelines.data import PreparedData, evaluation_tasks, prepare_validation
 from wmtp.pipelines.environment import Environment, default_run_name, prepare_environment, run_paths
+from wmtp.pipelines.models import check_vocabulary
 from wmtp.pipelines.outputs import EvaluationOutputs, RunOptions
 from wmtp.pipelines.report import report_evaluation, write_settings
 from wmtp.pipelines.resume import refuse_existing_report
@@ -64,6 +65,7 @@ def run_evaluation_pipeline(
     environment = prepare_environment(config, recipe)
     located = locate_model(checkpoint_path)
     model, tokenizer = load_located(config, recipe, environment, located, options)
+    check_vocabulary(tokenizer, model)
     data = prepare_validation(config, recipe, tokenizer, model.horizon)
     tasks = evaluation_tasks(config, recipe)
     parts = EvaluatedParts(model, tokenizer, data, tasks)

@@ -74,7 +74,7 @@ class TokenizerPair:
             return (
                 f"compatible: all but {len(self.foreign)} of the base's tokens ({listed}, ...) are the same"
             )
-        return f"another one ({len(self.other.tokenizer)} tokens): losses are aligned by characters"
+        return f"another one ({len(self.other.tokenizer)} tokens): values are carried over by characters"
 
     def require_shared(self, features: Iterable[Feature]) -> None:
         """Check that the data uses no token that the other model reads as something else.
@@ -92,7 +92,7 @@ class TokenizerPair:
                     f"{feature.get('row_id', 'a document')} has token {token_id} "
                     f"({self.base.tokenizer.convert_ids_to_tokens(token_id)!r}), which is not the same in "
                     f"both vocabularies: {describe_both(self.base, self.other)}",
-                    remedy="leave such rows out, or choose a reference with the base's vocabulary",
+                    remedy="leave such rows out, or choose a model with the base's vocabulary",
                 )
 
     def read(
@@ -141,7 +141,7 @@ class TokenizerPair:
             raise DataError(
                 f"tokenizer {name!r} has no tokens for {text.text[start:end]!r}, and "
                 f"texts cannot be aligned between {describe_both(self.base, self.other)}",
-                remedy="choose a reference whose tokenizer knows all bytes",
+                remedy="choose a model whose tokenizer knows all bytes",
             )
         return self._with_ends(base_ids, text, input_ids, spans)
 
