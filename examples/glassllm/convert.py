@@ -19,6 +19,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from wmtp.modeling.formats.meta_native import to_half_split
 
@@ -128,7 +129,9 @@ def main() -> None:
     parser.add_argument("directory", type=Path, help="where the Hugging Face directory is written")
     parser.add_argument("--language", choices=glassllm.LANGUAGES, default="en")
     arguments = parser.parse_args()
+    disable_progress_bar()
     convert(arguments.directory, arguments.language)
+    print(f"wrote {arguments.directory}")
 
 
 if __name__ == "__main__":

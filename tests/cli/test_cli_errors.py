@@ -110,6 +110,22 @@ def test_validate_reports_all_problems_at_once(capsys: pytest.CaptureFixture[str
     assert "gone.jsonl" in errors
 
 
+@pytest.mark.parametrize("base", ["no/such/model/x", "organisation/model", "s3://bucket/model"])
+def test_a_model_that_is_not_there_is_one_problem_and_not_one_of_its_tokenizer_too(
+    base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "none")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    arguments = ("--config", str(CONFIG), "--recipe", str(RECIPE), "--set", f"paths.models.base={base}")
+    assert run_cli("validate", *arguments) == 2
+    errors = capsys.readouterr().err
+    assert "1 problem(s) found" in errors
+    assert base in errors
+    assert "tokenizer" not in errors
+
+
 def test_schema_is_json_and_list_shows_every_kind(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli("schema") == 0
     schema = json.loads(capsys.readouterr().out)

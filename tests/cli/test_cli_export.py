@@ -61,7 +61,8 @@ def test_metas_layout_says_that_the_sentencepiece_file_is_missing(
     [
         ({"--checkpoint": "no/such/folder/x"}, ["no/such/folder/x"]),
         ({"--checkpoint": "."}, ["no checkpoint", "step-N"]),
-        ({"--checkpoint": "s3://bucket/model"}, ["s3://bucket/model", "copy it"]),
+        ({"--checkpoint": "s3://bucket/model"}, ["s3://bucket/model", "no credentials", "AWS_ACCESS_KEY_ID"]),
+        ({"--checkpoint": "gs://bucket/model"}, ["gs://bucket/model", "s3:// address"]),
         ({"--checkpoint": "builtin:micro-base"}, ["builtin:micro-base", "runs/models/micro-base"]),
         ({"--output": "taken"}, ["taken", "not empty", "--force"]),
         ({"--output": "taken", "--force": None}, ["taken", "holds no model"]),
@@ -83,6 +84,10 @@ def test_bad_input_is_one_message_exit_2_and_nothing_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file.txt").write_text("mine")
     before = sorted(tmp_path.rglob("*"))

@@ -17,13 +17,17 @@ from huggingface_hub import ModelCard as HubCard
 from test_pipelines_matrix import run_cli, train_arguments
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from s3_server import S3Server
 from wmtp.evaluation.microcode import build_tokenizer
 from wmtp.exceptions import CheckpointError, UserInputError
 from wmtp.modeling import MTPModel
+from wmtp.pipelines.checkpoints import locate_model
 from wmtp.pipelines.export import ExportOptions, run_export_pipeline
 from wmtp.pipelines.provenance import describe_run, hub_id, public_name
 from wmtp.settings import Config, Recipe
 from wmtp.storage import verify_manifest
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @cache
@@ -208,6 +212,46 @@ def test_metas_layout_and_back_is_exact_and_takes_the_sentencepiece_file_along(
     back = run_export_pipeline(str(native.folder), tmp_path / "back")
     _same_tensors(back.folder, model)
     assert "no tokenizer" in back.notes[0]
+
+
+def test_a_native_model_is_evaluated_from_its_folder_and_exported_in_its_own_precision(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    native = tmp_path / "native"
+    options = ExportOptions(format="meta", dtype="bf16")
+    run_export_pipeline(str(model), native, options=options)
+    assert locate_model(str(native)).path == str(native)
+    assert not locate_model(str(native)).is_training_state
+    again = run_export_pipeline(str(native), tmp_path / "again", options=ExportOptions(format="meta"))
+    assert again.dtype == run_export_pipeline(str(native), tmp_path / "hf").dtype == "bf16"
+    settings = ("--config", str(CONFIGS / "config.local_test.yaml"))
+    settings += ("--recipe", str(CONFIGS / "recipe.mtp_baseline.yaml"), "--set", "model.mtp.horizon=3")
+    evaluation = ("eval", *settings, "--checkpoint", str(native), "--dry-run")
+    assert run_cli(*evaluation) == 2
+    assert "no tokenizer can be loaded" in (shown := " ".join(capsys.readouterr().err.split()))
+    assert "it holds: README.md, consolidated.pth" in shown
+    assert run_cli(*evaluation, "--set", f"model.tokenizer.path={model}") == 0
+
+
+@pytest.mark.s3
+def test_a_model_on_s3_is_exported_with_its_tokenizer_and_credentials_of_the_environment(
+    model: Path, tmp_path: Path, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model / "tokenizer.model").write_bytes(b"any SentencePiece file")
+    target = f"{s3_server.bucket}/{tmp_path.name}"
+    for file in model.iterdir():
+        s3_server.filesystem().put_file(str(file), f"{target}/run/final/{file.name}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret_key)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint_url)
+    exported = run_export_pipeline(f"s3://{target}/run", tmp_path / "hf")
+    assert exported.source == f"s3://{target}/run/final"
+    assert {"tokenizer.json", "wmtp.json"} <= exported.files.keys()
+    _same_tensors(exported.folder, model)
+    native = run_export_pipeline(
+        f"s3://{target}/run", tmp_path / "meta", options=ExportOptions(format="meta")
+    )
+    assert (native.folder / "tokenizer.model").read_bytes() == b"any SentencePiece file"
 
 
 def test_what_metas_layout_cannot_hold_is_an_error_and_writes_nothing(tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def test_every_problem_is_told_at_once(
     assert run_cli(*arguments) == 2
     error = " ".join(capsys.readouterr().err.split())
     assert "nobody-at-all/no-such-model (from model.ref_id)" in error
-    assert "data.train.max_length is 8192 tokens, but base model was made for 4096" in error
+    assert "data.train.max_length is 8192 tokens, but the base model was made for 4096" in error
 
 
 def test_a_vocabulary_left_to_a_missing_tokenizer_and_a_folder_of_folders_are_explained(

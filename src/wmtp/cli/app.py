@@ -20,6 +20,8 @@ from wmtp.exceptions import WmtpError
 # OpenMP's threads by default wait for each other in a busy loop. On a machine with anything else to do that
 # makes two threads up to twenty times slower than one; sleeping costs little. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Of a hub that cannot be reached its library would tell at every attempt, twice; one error says it.
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 app = typer.Typer(
     name="wmtp",
@@ -81,6 +83,8 @@ def configure_logging(console: Console) -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("wmtp").setLevel(logging.INFO)
+    # It warns of kernels it did not find whenever it is imported, which peft does for every adapter.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.captureWarnings(True)
     warnings.formatwarning = lambda message, *_args, **_kwargs: str(message)
 

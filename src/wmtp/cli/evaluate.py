@@ -24,7 +24,8 @@ def evaluate(
     config: ConfigOption,
     recipe: RecipeOption,
     checkpoint: Annotated[
-        str, typer.Option(help="Run folder, step-N folder, export or model id.", show_default=False)
+        str,
+        typer.Option(help="Run folder, step-N folder, export, model folder or hub id.", show_default=False),
     ],
     datasets: Annotated[
         str | None, typer.Option(help="Benchmarks, separated by commas; default: eval.datasets.")

@@ -55,7 +55,7 @@ def print_validation(findings: list[Finding]) -> None:
     """What a run would use."""
     console = Console()
     for finding in findings:
-        mark = Text("ok       ", style="green") if finding.is_ok else Text("problem  ", style="red")
+        mark = Text("ok       ", style="green") if finding.is_ok else Text("note     ", style="yellow")
         console.print(mark + Text(f"{finding.subject}: {finding.detail}"), soft_wrap=True)
 
 

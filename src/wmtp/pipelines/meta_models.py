@@ -15,20 +15,26 @@ from wmtp.components.loader.builtin import build_micro_llama
 from wmtp.components.loader.sources import open_source
 from wmtp.exceptions import ModelLoadError
 from wmtp.modeling import MTPModel, choose_trainable
-from wmtp.modeling.formats.configuration import read_config
+from wmtp.modeling.formats.configuration import context_length, read_config
 from wmtp.modeling.formats.export import read_saved_heads
-from wmtp.modeling.formats.kinds import PARAMS_FILE, ModelKind
+from wmtp.modeling.formats.kinds import (
+    PARAMS_FILE,
+    ModelKind,
+    detect_causal_lm,
+    detect_described_kind,
+    detect_reward_model,
+    lone_torch_file,
+)
 from wmtp.modeling.formats.meta_native import native_config
 from wmtp.modeling.formats.reward import derive_llama_config
 from wmtp.modeling.formats.sources import (
     CONFIG_FILE,
     TORCH_SUFFIXES,
-    WMTP_FILE,
     LocalSource,
     ModelSource,
     read_source_json,
 )
-from wmtp.modeling.formats.tensors import open_tensors
+from wmtp.modeling.formats.tensors import INDEX_FILES, SINGLE_FILES, open_tensors
 from wmtp.modeling.heads import HeadRequest, SavedHeads, plan_heads
 from wmtp.modeling.lora import add_lora
 from wmtp.settings import Config, Recipe
@@ -64,8 +70,7 @@ class ModelDescription:
     @property
     def context_length(self) -> int | None:
         """Most positions the model was made for; None where its configuration does not say."""
-        length = self.config.get_text_config(decoder=True).to_dict().get("max_position_embeddings")
-        return None if length is None else int(length)
+        return context_length(self.config)
 
     def describe(self) -> str:
         """One line for people."""
@@ -89,7 +94,7 @@ def describe_causal_lm(config: Config, path: str, *, trust_remote_code: bool) ->
         with torch.device("meta"):
             return ModelDescription(path, None, build_micro_llama().config, SavedHeads())
     source = open_source(config, path)
-    kind = _kind_of_description(source)
+    kind = detect_causal_lm(source) if _has_weights_here(source) else detect_described_kind(source)
     if kind is ModelKind.META_NATIVE:
         params = read_source_json(source, PARAMS_FILE)
         # Asked for alone where the file leaves it open, because that needs the tokenizer.
@@ -115,7 +120,7 @@ def describe_reward_model(config: Config, path: str, *, trust_remote_code: bool)
     if CONFIG_FILE not in source.names() and any(name.endswith(TORCH_SUFFIXES) for name in source.names()):
         llama, note = _starling_config(source)
         return ModelDescription(path, ModelKind.STARLING_REWARD, llama, SavedHeads(), note)
-    kind = _kind_of_description(source)
+    kind = detect_reward_model(source) if _has_weights_here(source) else detect_described_kind(source)
     model_config = read_config(source, trust_remote_code=trust_remote_code)
     if kind is not ModelKind.SEQUENCE_CLASSIFICATION:
         return ModelDescription(path, ModelKind.STARLING_REWARD, model_config, SavedHeads())
@@ -175,28 +180,11 @@ def _build_mtp_model(description: ModelDescription, request: HeadRequest) -> MTP
         return MTPModel(causal_lm, form=plan.form, offsets=plan.offsets)
 
 
-def _kind_of_description(source: ModelSource) -> ModelKind:
-    """Tell the kind by the files that describe a model; its weights need not be there."""
+def _has_weights_here(source: ModelSource) -> bool:
+    """Whether weights can be looked into; a reward model may be described as any other model is."""
     names = source.names()
-    if CONFIG_FILE in names and PARAMS_FILE in names:
-        raise ModelLoadError(
-            f"{source} holds two models: it has {CONFIG_FILE} and {PARAMS_FILE}",
-            remedy="give each model a folder of its own",
-        )
-    if PARAMS_FILE in names:
-        return ModelKind.META_NATIVE
-    if CONFIG_FILE not in names:
-        listed = ", ".join([*sorted(names), *(f"{folder}/" for folder in source.subfolders())][:12])
-        raise ModelLoadError(
-            f"{source} has neither {CONFIG_FILE} nor {PARAMS_FILE} (it holds: {listed or 'nothing'})",
-            remedy="give a model's directory or hub id; a folder of a repository is org/name:folder",
-        )
-    if WMTP_FILE in names:
-        return ModelKind.WMTP_EXPORT
-    architectures = read_source_json(source, CONFIG_FILE).get("architectures") or []
-    if any(str(name).endswith("ForSequenceClassification") for name in architectures):
-        return ModelKind.SEQUENCE_CLASSIFICATION
-    return ModelKind.HUGGING_FACE
+    has_weights = not names.isdisjoint(SINGLE_FILES + INDEX_FILES) or lone_torch_file(names) is not None
+    return has_weights and isinstance(source, LocalSource)
 
 
 def _starling_config(source: ModelSource) -> tuple[LlamaConfig, str]:

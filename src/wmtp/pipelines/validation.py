@@ -9,6 +9,7 @@ from torch import nn
 
 from wmtp.components.data.formats import Split
 from wmtp.components.loader import MICRO_BASE, MICRO_LLAMA, MICRO_REFERENCE
+from wmtp.components.loader.sources import open_source
 from wmtp.components.tokenizer import HfTokenizer
 from wmtp.components.tokenizer.pairs import compare_tokenizers
 from wmtp.exceptions import UserInputError, WmtpError
@@ -82,7 +83,8 @@ def validate_settings(config: Config, recipe: Recipe, options: RunOptions) -> li
     described = {role: _describe_model(config, recipe, role, options) for role in _TITLES}
     for role in _TITLES:
         look(lambda role=role: _check_model(described[role], role, recipe))  # type: ignore[misc]
-    look(lambda: _check_tokenizers(config, recipe, options))
+    there = {role for role in _TITLES if _is_there(config, described[role])}
+    look(lambda: _check_tokenizers(config, recipe, there, options))
     for source in dict.fromkeys((*recipe.data.train.sources, *recipe.data.eval.sources)):
         look(lambda source=source: _check_dataset(config, recipe, source, "train"))  # type: ignore[misc]
     for source in recipe.eval.datasets:
@@ -152,7 +154,7 @@ def _check_lengths(base: _Described, reference: _Described, recipe: Recipe) -> l
         limit = described.model.context_length
         title = _TITLES[role]  # type: ignore[index]  # keys of that table
         if limit is not None and length > limit:
-            problems.append(f"{title} was made for {limit}")
+            problems.append(f"the {title} was made for {limit}")
         findings.append(Finding(f"{title} context", f"{limit or 'any number of'} tokens, rows have {length}"))
     if problems:
         raise UserInputError(
@@ -184,7 +186,7 @@ def _check_shapes(
         Finding("heads", heads),
         *(Finding("heads", message, is_ok=False) for message in warned),
         Finding(
-            "parameters", f"{model.num_parameters - adapters:,} with {model.horizon} heads{with_adapters}"
+            "parameters", f"{model.num_parameters - adapters:,} with {_heads(model.horizon)}{with_adapters}"
         ),
         Finding(
             "trained",
@@ -220,22 +222,41 @@ def _build_helpers(
     return parts, findings
 
 
+def _heads(number: int) -> str:
+    return "1 head" if number == 1 else f"{number} heads"
+
+
 def _count(module: nn.Module | None) -> int:
     return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
 
 
-def _check_tokenizers(config: Config, recipe: Recipe, options: RunOptions) -> list[Finding]:
-    base = _tokenizer_of(config, recipe, "base", options)
+def _is_there(config: Config, described: _Described) -> bool:
+    """Whether the files of a model can be had; where not, that is the problem, and not its tokenizer."""
+    if described.choice is None or described.problem is None:
+        return described.choice is not None
+    try:
+        open_source(config, described.choice.path)
+    except WmtpError:
+        return False
+    return True
+
+
+def _check_tokenizers(
+    config: Config, recipe: Recipe, there: set[ModelRole], options: RunOptions
+) -> list[Finding]:
+    base = None
+    if "base" in there or recipe.model.tokenizer.path is not None:
+        base = _tokenizer_of(config, recipe, "base", options)
     if base is None:
         return []
     findings = [Finding("tokenizer", f"{len(base.tokenizer)} tokens")]
-    if recipe.train.algo == "rho1-wmtp":
+    if recipe.train.algo == "rho1-wmtp" and "ref" in there:
         reference = _tokenizer_of(config, recipe, "ref", options)
         if reference is not None:
             pair = compare_tokenizers(base, reference)
             findings.append(Finding("reference tokenizer", pair.describe()))
     choice = find_model(config, recipe, "rm")
-    if needs_reward_model(recipe) and choice is not None:
+    if needs_reward_model(recipe) and choice is not None and "rm" in there:
         rewarding = load_reward_tokenizer(
             config, recipe, choice.path, trust_remote_code=options.trust_remote_code
         )
@@ -259,7 +280,8 @@ def _check_dataset(config: Config, recipe: Recipe, source: str, split: Split) ->
     path = find_dataset(config, source)
     rows = loader.load(path, split=split, limit=_NUM_SAMPLE_ROWS)
     kinds = "with tests" if rows[0].task is not None else "without tests"
-    return [Finding(f"dataset {source} ({split})", f"{path}: rows can be read, {kinds}")]
+    where = "" if path == source else f"{path}: "
+    return [Finding(f"dataset {source} ({split})", f"{where}rows can be read, {kinds}")]
 
 
 def _check_sandbox(recipe: Recipe) -> list[Finding]:

@@ -125,8 +125,8 @@ def _introduction(card: ModelCard) -> str:
     heads = (
         "It predicts the next token."
         if horizon == 1
-        else f"Besides the next token it predicts {horizon - 1} further tokens at every position, with heads "
-        "of their own, which also make decoding faster."
+        else f"Besides the next token it predicts {horizon - 1} further tokens at every position"
+        + (", given those between." if card.head == "teacher_forcing" else ", with heads of their own.")
     )
     if card.algorithm is None:
         return f"A causal language model{_named(card.base, before=' made from')}. {heads}"

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -18,9 +19,10 @@ from wmtp.components.registry import tokenizer_registry
 from wmtp.components.tokenizer.chat import chat_pieces
 from wmtp.components.tokenizer.encoding import EncodedPiece, Piece, PieceEncoder, weights_from_spans
 from wmtp.components.tokenizer.raw_files import find_only_raw_file, load_raw_tokenizer
-from wmtp.components.tokenizer.remote import local_path
+from wmtp.components.tokenizer.remote import TOKENIZER_FILES, local_path
 from wmtp.evaluation.microcode import build_tokenizer
 from wmtp.exceptions import DataError, ModelLoadError, UserInputError
+from wmtp.modeling.formats.sources import locate_source
 from wmtp.objectives import IGNORE_INDEX
 from wmtp.settings.config import S3Settings
 
@@ -98,15 +100,24 @@ class HfTokenizer(Component[TokenizerContext, list[Feature]]):
             return build_tokenizer()
         raw_file = find_only_raw_file(path)
         if raw_file is not None:
-            logger.info("%s has no Hugging Face tokenizer; %s is converted", path, raw_file)
+            if raw_file != Path(path).expanduser():
+                logger.info("%s has no Hugging Face tokenizer; %s is converted", path, raw_file)
             return load_raw_tokenizer(raw_file)
+        # Says at once, and better than transformers, that a folder or repository is not there.
+        source = locate_source(path)
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 path, trust_remote_code=settings.trust_remote_code
             )
         except (OSError, ValueError, ImportError) as error:
+            names = source.names()
+            reason = (
+                str(error).splitlines()[0]
+                if names.intersection(TOKENIZER_FILES)
+                else f"it has none (it holds: {', '.join(sorted(names)[:8]) or 'no files'})"
+            )
             raise ModelLoadError(
-                f"no tokenizer can be loaded from {path!r}: {str(error).splitlines()[0]}",
+                f"no tokenizer can be loaded from {path!r}: {reason}",
                 remedy="give a directory or hub id with tokenizer.json or tokenizer.model "
                 "(model.tokenizer.path where the model has none)",
             ) from error

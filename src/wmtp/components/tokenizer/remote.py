@@ -13,7 +13,7 @@ from wmtp.exceptions import ModelLoadError
 from wmtp.settings.config import S3Settings
 from wmtp.storage import S3Folder, S3Manager
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     *RAW_FILES,
     "added_tokens.json",
     "chat_template.jinja",
@@ -45,7 +45,7 @@ def local_path(path: str, s3: S3Settings | None) -> Iterator[str]:
     manager = S3Manager(s3 or S3Settings())
     above, _, last = path.rpartition("/")
     source, wanted = (
-        (manager.folder(above), (last,)) if last in _TOKENIZER_FILES else _find_files(manager.folder(path))
+        (manager.folder(above), (last,)) if last in TOKENIZER_FILES else _find_files(manager.folder(path))
     )
     with TemporaryDirectory(prefix="wmtp-tokenizer-") as folder:
         for name in wanted:
@@ -70,4 +70,4 @@ def _find_files(folder: S3Folder) -> tuple[S3Folder, tuple[str, ...]]:
 
 
 def _names(folder: S3Folder) -> tuple[str, ...]:
-    return tuple(sorted(folder.names().intersection(_TOKENIZER_FILES)))
+    return tuple(sorted(folder.names().intersection(TOKENIZER_FILES)))

@@ -91,7 +91,7 @@ def _check_expressible(model: MTPModel) -> LlamaConfig:
 
 
 def original_dtype(config: PreTrainedConfig) -> torch.dtype:
-    """Return the dtype on disk of the native checkpoint a model came from, of others that of its configuration."""
+    """Return the dtype on disk of the native checkpoint a model came from, else that of its configuration."""
     # Saving in the Hugging Face layout replaces config.dtype, by a short string; the other attribute stays.
     name = str(config.to_dict().get(DTYPE_ATTRIBUTE) or config.dtype or torch.float32)
     dtype = DTYPES.get(f"torch.{name.removeprefix('torch.')}")
