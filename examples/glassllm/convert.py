@@ -131,7 +131,6 @@ def main() -> None:
     arguments = parser.parse_args()
     disable_progress_bar()
     convert(arguments.directory, arguments.language)
-    print(f"wrote {arguments.directory}")
 
 
 if __name__ == "__main__":
