@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,7 +89,9 @@ def fill_model(
             loaded: Any = model_class.from_pretrained(
                 None,
                 config=text_config(config, model_class),
-                state_dict=tensors.stored(),
+                state_dict={
+                    name: replace(stored, becomes=dtype) for name, stored in tensors.stored().items()
+                },
                 dtype=dtype,
                 generation_config=generation_config,
                 output_loading_info=True,
@@ -105,6 +108,10 @@ def fill_model(
         ) from error
     model: PreTrainedModel = loaded[0]
     _check_report(loaded[1], tensors.stored(), source, model_class.__name__)
+    for kept in (*model.parameters(), *model.buffers()):
+        # What the model keeps in another precision was not converted, so it may be a view of the file.
+        if kept.dtype != dtype:
+            kept.data = kept.data.clone()
     model.config.name_or_path = model.name_or_path = str(source)
     return model
 

@@ -68,6 +68,7 @@ class StoredTensor:
         dtype: as the file says.
         read: gives it. It may share memory with the file: what is kept has to be copied, or it would change
             when the file is written anew.
+        becomes: the dtype it is converted to after `stored[...]`, which then leaves the copy to that.
     """
 
     name: str
@@ -75,10 +76,14 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    becomes: torch.dtype | None = None
 
     def __getitem__(self, index: Any) -> Tensor:
+        piece = self.read()[index]
         # Contiguous too: a torch file may hold transposed views, which could be loaded and not be saved.
-        return self.read()[index].clone(memory_format=torch.contiguous_format)
+        if self.becomes not in (None, self.dtype) and piece.is_contiguous():
+            return piece
+        return piece.clone(memory_format=torch.contiguous_format)
 
 
 class StoredTensors(Mapping[str, Tensor]):
