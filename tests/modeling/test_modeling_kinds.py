@@ -16,13 +16,15 @@ import torch
 from huggingface_hub import constants
 from modeling_families import build_causal_lm, build_mtp, random_tokens
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import GPT2Config, LlamaConfig, LlamaForSequenceClassification, MambaConfig
 
 from wmtp.exceptions import ModelLoadError
 from wmtp.modeling import MTPModel
+from wmtp.modeling.formats.configuration import context_length
 from wmtp.modeling.formats.kinds import (
     ModelKind,
     detect_causal_lm,
+    detect_described_kind,
     detect_kind,
     detect_reward_model,
     native_weights,
@@ -128,6 +130,46 @@ def _classifier(folder: Path) -> None:
 def test_each_kind_is_told_by_its_files(write, kind: ModelKind, tmp_path: Path) -> None:
     write(tmp_path / "any-name")
     assert detect_kind(locate_source(tmp_path / "any-name")) is kind
+
+
+@pytest.mark.parametrize(
+    ("write", "weights"),
+    [
+        (_hugging_face, "model.safetensors"),
+        (_native, "consolidated.pth"),
+        (_export, "model.safetensors"),
+        (_classifier, "model.safetensors"),
+    ],
+)
+def test_the_description_alone_tells_the_same_kind_with_and_without_weights(
+    write, weights: str, tmp_path: Path
+) -> None:
+    write(tmp_path)
+    source = locate_source(tmp_path)
+    kind = detect_kind(source)
+    assert detect_described_kind(source) is kind
+    (tmp_path / weights).unlink()
+    assert detect_described_kind(source) is kind
+
+
+def test_params_beside_a_hugging_face_model_are_no_second_model_without_native_weights(
+    tmp_path: Path,
+) -> None:
+    """Mistral publishes its models in one folder with params.json and consolidated.safetensors."""
+    _hugging_face(tmp_path)
+    (tmp_path / "params.json").write_text(json.dumps({"dim": 32}))
+    (tmp_path / "consolidated.safetensors").write_bytes(b"")
+    source = locate_source(tmp_path)
+    assert detect_kind(source) is detect_described_kind(source) is ModelKind.HUGGING_FACE
+    torch.save({}, tmp_path / "consolidated.00.pth")
+    with pytest.raises(ModelLoadError, match="two models"):
+        detect_described_kind(source)
+
+
+def test_the_context_length_is_found_by_the_familys_own_name() -> None:
+    assert context_length(LlamaConfig(max_position_embeddings=77)) == 77
+    assert context_length(GPT2Config(n_positions=99)) == 99
+    assert context_length(MambaConfig()) is None
 
 
 def test_a_lone_reward_model_file_may_be_named_itself(tmp_path: Path) -> None:

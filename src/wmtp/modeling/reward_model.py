@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from wmtp.exceptions import UserInputError
+from wmtp.modeling.formats.configuration import context_length
 from wmtp.modeling.formats.reward import read_reward_model
 from wmtp.modeling.formats.sources import ModelSource
 from wmtp.modeling.hidden_states import extract_hidden_states
@@ -67,10 +68,7 @@ class RewardModel(nn.Module):
     @property
     def context_length(self) -> int | None:
         """Most tokens of a text, None where the decoder names no limit."""
-        config = self.base.config.get_text_config(decoder=True)
-        name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-        limit: int | None = config.to_dict().get(name)
-        return limit
+        return context_length(self.base.config)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: a reward with dropout would change from call to call."""

@@ -134,6 +134,14 @@ def text_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) ->
     return config.get_text_config() if is_part else config
 
 
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Most positions a model was made for, whatever its family calls them; None where none are named."""
+    decoder = config.get_text_config(decoder=True)
+    name = decoder.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    length = decoder.to_dict().get(name)
+    return None if length is None else int(length)
+
+
 def check_architecture(file: str, content: dict[str, Any]) -> None:
     """Refuse a model that is no causal language model by its own account.
 

@@ -80,8 +80,10 @@ def detect_kind(source: ModelSource) -> ModelKind:
     names = source.names()
     found = []
     if CONFIG_FILE in names:
-        found.append(_kind_by_config(source, names))
-    if PARAMS_FILE in names and any(_NATIVE_WEIGHTS.fullmatch(name) for name in names):
+        kind = _kind_by_description(source, names)
+        is_starling = kind is ModelKind.HUGGING_FACE and _has_starling_head(source, names)
+        found.append(ModelKind.STARLING_REWARD if is_starling else kind)
+    if PARAMS_FILE in names and _has_native_weights(names):
         found.append(ModelKind.META_NATIVE)
     if names >= _STEP_FILES or any(_STEP_FOLDER.fullmatch(folder) for folder in source.subfolders()):
         found.append(ModelKind.WMTP_CHECKPOINT)
@@ -90,12 +92,34 @@ def detect_kind(source: ModelSource) -> ModelKind:
     if len(found) == 1:
         return found[0]
     if found:
-        both = " and ".join(f"{kind.description} ({_NEEDS[kind]})" for kind in found)
-        raise ModelLoadError(
-            f"{source} holds two models: {both}; its files are {_shown(sorted(names))}",
-            remedy="give each model a folder of its own",
-        )
+        raise _two_models(source, found)
     raise _nothing_found(source, names)
+
+
+def detect_described_kind(source: ModelSource) -> ModelKind:
+    """Tell the kind by the files that describe a model; its weights need not be there, and are not read.
+
+    A reward model in the layout of Starling-RM is told by its weights alone: with a configuration it is
+    described as any Hugging Face model.
+
+    Raises:
+        ModelLoadError: no description, or two at once.
+    """
+    names = source.names()
+    has_config = CONFIG_FILE in names
+    # Some Hugging Face models have a params.json besides, of the same weights in another layout.
+    is_native = PARAMS_FILE in names and (not has_config or _has_native_weights(names))
+    if has_config and is_native:
+        raise _two_models(source, [_kind_by_description(source, names), ModelKind.META_NATIVE])
+    if is_native:
+        return ModelKind.META_NATIVE
+    if not has_config:
+        listed = _shown([*sorted(names), *(f"{folder}/" for folder in source.subfolders())])
+        raise ModelLoadError(
+            f"{source} has neither {CONFIG_FILE} nor {PARAMS_FILE} (it holds: {listed})",
+            remedy="give a model's directory or hub id; a folder of a repository is org/name:folder",
+        )
+    return _kind_by_description(source, names)
 
 
 def detect_causal_lm(source: ModelSource) -> ModelKind:
@@ -150,13 +174,18 @@ def lone_torch_file(names: frozenset[str]) -> str | None:
     return files[0] if len(files) == 1 else None
 
 
-def _kind_by_config(source: ModelSource, names: frozenset[str]) -> ModelKind:
+def _has_native_weights(names: frozenset[str]) -> bool:
+    return any(_NATIVE_WEIGHTS.fullmatch(name) for name in names)
+
+
+def _kind_by_description(source: ModelSource, names: frozenset[str]) -> ModelKind:
+    """The kind of a folder with a config.json, by that file."""
     if WMTP_FILE in names:
         return ModelKind.WMTP_EXPORT
     architectures = read_source_json(source, CONFIG_FILE).get("architectures") or []
     if any(str(name).endswith("ForSequenceClassification") for name in architectures):
         return ModelKind.SEQUENCE_CLASSIFICATION
-    return ModelKind.STARLING_REWARD if _has_starling_head(source, names) else ModelKind.HUGGING_FACE
+    return ModelKind.HUGGING_FACE
 
 
 def _has_starling_head(source: ModelSource, names: frozenset[str]) -> bool:
@@ -166,6 +195,14 @@ def _has_starling_head(source: ModelSource, names: frozenset[str]) -> bool:
         return False
     file = lone_torch_file(names)
     return file is not None and STARLING_HEAD in open_tensors(source, file)
+
+
+def _two_models(source: ModelSource, found: list[ModelKind]) -> ModelLoadError:
+    both = " and ".join(f"{kind.description} ({_NEEDS[kind]})" for kind in found)
+    return ModelLoadError(
+        f"{source} holds two models: {both}; its files are {_shown(sorted(source.names()))}",
+        remedy="give each model a folder of its own",
+    )
 
 
 def _nothing_found(source: ModelSource, names: frozenset[str]) -> ModelLoadError:
