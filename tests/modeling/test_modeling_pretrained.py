@@ -12,10 +12,13 @@ import pytest
 import torch
 from modeling_families import build_causal_lm, build_mtp, random_tokens
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from wmtp.exceptions import ModelLoadError, UserInputError
 from wmtp.modeling import MTPModel
+from wmtp.modeling.formats.hugging_face import fill_model
+from wmtp.modeling.formats.sources import LocalSource
+from wmtp.modeling.formats.tensors import open_weights
 
 
 @pytest.fixture
@@ -297,3 +300,26 @@ def test_bad_options_are_refused_before_anything_is_read() -> None:
         MTPModel.from_pretrained("/no/such/place", horizon=0)
     with pytest.raises(UserInputError, match="unknown head form 'nosuch'"):
         MTPModel.from_pretrained("/no/such/place", head="nosuch")
+
+
+class _KeepsNormInFp32(LlamaForCausalLM):
+    _keep_in_fp32_modules_strict = ("norm",)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_parameter_is_a_view_of_the_file(file: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    causal_lm = build_causal_lm("llama")
+    causal_lm.config.save_pretrained(tmp_path)
+    if file.endswith(".bin"):
+        torch.save(causal_lm.state_dict(), tmp_path / file)
+    else:
+        save_file(causal_lm.state_dict(), tmp_path / file)
+    source = LocalSource(tmp_path)
+    loaded = fill_model(_KeepsNormInFp32, causal_lm.config, open_weights(source), source, dtype=dtype)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32, dtype}
+    before = {name: p.detach().clone() for name, p in loaded.named_parameters()}
+    with (tmp_path / file).open("r+b") as stream:
+        stream.seek(stream.seek(0, os.SEEK_END) // 10)
+        stream.write(b"\x42" * ((tmp_path / file).stat().st_size * 8 // 10))
+    assert all(torch.equal(p, before[name]) for name, p in loaded.named_parameters())
