@@ -11,8 +11,8 @@ turns, round by round, so that all see the same machine. Files are in the page c
   converted into fresh memory. No loader that fills parameters of its own does with less.
 - transformers: `AutoModelForCausalLM.from_pretrained`. Where nothing is converted its parameters stay views
   of the mapped file: next to no time and memory, the bytes are read at the first use, and the model changes
-  when somebody writes the file anew. It has no reader for Meta's layout, and of the export it reads the next-token
-  model alone, so there it has less to do.
+  when somebody writes the file anew. It has no reader for Meta's layout, and of the export it reads the
+  next-token model alone, so there it has less to do.
 - transformers, copied: the same, and every parameter that is a view copied: the work that wmtp does.
 - wmtp: `MTPModel.from_pretrained`, the check of the structure (two forward passes of 16 tokens) included.
 
