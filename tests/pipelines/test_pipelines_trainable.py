@@ -171,7 +171,7 @@ def test_adapters_are_not_put_on_another_base(train: Run, tmp_path: Path) -> Non
     longer = make_recipe(model=LORA, train={"max_steps": NUM_STEPS + 1})
     with pytest.raises(ModelLoadError, match=r"model\.base_id or paths\.models\.base"):
         train(longer, None, step, base=str(tmp_path / "other"))
-    with pytest.raises(ModelLoadError, match="recipe has none"):
+    with pytest.raises(ModelLoadError, match="the checkpoint has LoRA adapters and the recipe has none"):
         run_evaluation_pipeline(config, make_recipe(), str(step), options=RunOptions(run_name="eval"))
 
 

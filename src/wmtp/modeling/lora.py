@@ -352,9 +352,9 @@ def check_same_base(model: MTPModel, saved: Mapping[str, str] | None) -> None:
     present = None if model.lora is None else model.lora.base
     if saved is None or present is None:
         if saved is not present:
-            there, here = ("has none", "has") if saved is None else ("has", "has none")
+            has, has_none = ("recipe", "checkpoint") if saved is None else ("checkpoint", "recipe")
             raise ModelLoadError(
-                f"the checkpoint {there} and the recipe {here} LoRA adapters",
+                f"the {has} has LoRA adapters and the {has_none} has none",
                 remedy="use the recipe of the run (model.lora)",
             )
         return
