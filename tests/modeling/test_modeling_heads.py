@@ -6,11 +6,13 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from modeling_families import FAMILIES, VOCAB_SIZE, build_causal_lm, perturb, random_tokens
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Ernie4_5_MoeConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from wmtp.exceptions import UserInputError
@@ -348,3 +350,17 @@ def test_what_cannot_be_had_is_refused_by_name(request_: dict, saved: SavedHeads
         plan_heads(HeadRequest(**request_), saved, "a model")
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_copied_layer_keeps_the_tensors_that_its_family_keeps_in_fp32(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    experts = {"moe_num_experts": 4, "moe_intermediate_size": 16, "moe_k": 2}
+    config = Ernie4_5_MoeConfig(**sizes, **experts, num_attention_heads=4, num_key_value_heads=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for form in ("transformer", "sequential"):
+        model = MTPModel.from_pretrained(tmp_path, horizon=2, head=form, dtype=torch.bfloat16)
+        layer, copied = model.last_layer.state_dict(), model.extra_heads[0].layer.state_dict()
+        assert {tensor.dtype for tensor in layer.values()} == {torch.float32, torch.bfloat16}
+        assert all(tensor.dtype == layer[name].dtype for name, tensor in copied.items())
+        assert all(torch.equal(tensor, layer[name]) for name, tensor in copied.items())
+        assert model(torch.arange(3, 9)[None]).hidden_BSHD.dtype == torch.bfloat16

@@ -166,29 +166,33 @@ def build_heads(
 ) -> nn.ModuleList:
     """Build heads 1..H-1 for the offsets of heads 0..H-1, on the last layer's device and in its dtype.
 
-    Decoder layers start as copies of the model's last one.
+    Decoder layers start as copies of the model's last one, each tensor in the precision it has there: some
+    families keep a few (what routes to experts) in fp32 in a model of 16 bits.
     """
-    parameter = next(parts.layers[-1].parameters())
     heads = nn.ModuleList(_build_head(parts, form, offset, hidden_size) for offset in offsets[1:])
     # The wrapped model may be frozen; its new heads are there to be trained.
-    return heads.to(device=parameter.device, dtype=parameter.dtype).requires_grad_(True)
+    return heads.requires_grad_(True)
 
 
 def _build_head(parts: DecoderParts, form: HeadForm, offset: int, hidden_size: int) -> nn.Module:
+    parameter = next(parts.layers[-1].parameters())
+    where, precision = parameter.device, parameter.dtype
     match form:
         case "transformer":
             return TransformerHead(copy.deepcopy(parts.layers[-1]))
         case "linear":
-            return LinearHead(hidden_size)
+            return LinearHead(hidden_size).to(where, precision)
         case "medusa":
-            return MedusaHead(hidden_size)
+            return MedusaHead(hidden_size).to(where, precision)
         case "sequential":
-            return SequentialHead(
+            head = SequentialHead(
                 copy.deepcopy(parts.layers[-1]),
                 copy.deepcopy(parts.final_norm),
                 hidden_size=hidden_size,
                 distance=offset - 1,
             )
+            head.projection.to(where, precision)
+            return head
         case "teacher_forcing":
             return TeacherForcedHead(distance=offset - 1)
 
