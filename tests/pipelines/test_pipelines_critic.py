@@ -52,7 +52,7 @@ class _Stage1:
     def __init__(self, source: str, folder: Path) -> None:
         self.recipe = Recipe.model_validate(
             {
-                "train": {"algo": "critic-wmtp", "max_steps": 2},
+                "train": {"algo": "critic-wmtp", "max_steps": 2, "seed": 3},
                 "data": {"train": {"sources": ["microcode"], "max_length": 64}},
                 "critic": {
                     "reward": {"source": source},

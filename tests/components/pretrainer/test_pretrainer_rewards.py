@@ -256,8 +256,11 @@ def test_token_rewards_stand_on_their_tokens_also_where_documents_share_a_row(to
 
 
 def test_rewards_on_a_features_own_padding_are_dropped_with_it(tokenizer: HfTokenizer) -> None:
-    feature = {"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0], "rewards": [1.0, 2.0, 3.0]}
-    assert _batch([feature], tokenizer)["token_rewards"].tolist() == [[1.0, 2.0]]
+    for mask, kept in (([1, 1, 0], [0, 1]), ([0, 1, 1], [1, 2]), ([1, 0, 1], [0, 2])):
+        feature = {"input_ids": [5, 6, 7], "attention_mask": mask, "rewards": [1.0, 2.0, 3.0]}
+        batch = _batch([feature], tokenizer)
+        assert batch["input_ids"].tolist() == batch["token_labels"].tolist() == [[5 + at for at in kept]]
+        assert batch["token_rewards"].tolist() == [[1.0 + at for at in kept]]
 
 
 def test_rewards_that_do_not_fit_the_tokens_are_an_error(tokenizer: HfTokenizer) -> None:
