@@ -319,6 +319,20 @@ def test_streamed_safetensors_are_exact(dtype: torch.dtype, tmp_path: Path) -> N
         assert torch.equal(found[name].float(), tensor.float())
 
 
+def test_of_two_shards_with_the_same_tensor_the_index_says_which_is_meant(tmp_path: Path) -> None:
+    for number in (1, 2):
+        save_file(
+            {"x": torch.full((2,), float(number)), f"y{number}": torch.ones(1)},
+            tmp_path / f"{number}.safetensors",
+        )
+    for meant in (1, 2):
+        weight_map = {"x": f"{meant}.safetensors", "y1": "1.safetensors", "y2": "2.safetensors"}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        tensors = open_weights(locate_source(tmp_path))
+        assert sorted(tensors) == ["x", "y1", "y2"]
+        assert tensors["x"].tolist() == [float(meant)] * 2
+
+
 def test_shapes_are_known_before_anything_is_read(tmp_path: Path) -> None:
     _hugging_face(tmp_path)
     source = StreamSource(tmp_path)
@@ -358,7 +372,8 @@ class _Hub(BaseHTTPRequestHandler):
             headers = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to it is restricted."}
             return self._send(403, b"", headers, with_body=with_body)
         file = self.root.joinpath(*parts[:2], *parts[4:])
-        if not file.is_file():
+        # All files must be of the commit that was listed: `main` may move between two downloads.
+        if parts[3] != _COMMIT or not file.is_file():
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound"}, with_body=with_body)
         body = file.read_bytes()
         headers = {"ETag": f'"{hash(body) & 0xFFFFFFFF:08x}"', "X-Repo-Commit": _COMMIT}

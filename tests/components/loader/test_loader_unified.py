@@ -60,6 +60,7 @@ def test_a_step_loads_without_its_base_bit_for_bit(config, heads, tmp_path: Path
     loaded = _load(_save(tmp_path, 20, model))
     assert loaded.model.offsets == model.offsets
     assert loaded.model.head_form == model.head_form
+    assert not loaded.model.causal_lm.training
     wanted, found = model.state_dict(), loaded.model.state_dict()
     assert wanted.keys() == found.keys()
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
