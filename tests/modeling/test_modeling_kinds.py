@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,13 +12,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import BinaryIO
 
+import mistral_common
 import pytest
+import sentencepiece
 import torch
 from huggingface_hub import constants
 from modeling_families import build_causal_lm, build_mtp, random_tokens
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, LlamaConfig, LlamaForSequenceClassification, MambaConfig
 
+from wmtp.components.tokenizer import HfTokenizer, TokenizerSettings
 from wmtp.exceptions import ModelLoadError
 from wmtp.modeling import MTPModel
 from wmtp.modeling.formats.configuration import context_length
@@ -74,7 +78,7 @@ def _old_pickle(folder: Path) -> None:
 
 
 def _native(folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps({"dim": 32}))
     torch.save({"norm.weight": torch.ones(32)}, folder / "consolidated.pth")
 
@@ -342,6 +346,7 @@ def test_shapes_are_known_before_anything_is_read(tmp_path: Path) -> None:
 
 # --------------------------------------------------------------------------------------------- the hub
 
+MISTRAL_SENTENCEPIECE = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
 _COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -399,6 +404,8 @@ def hub(tmp_path: Path) -> Iterator[str]:
     _hugging_face(root / "many" / "models" / "7B_200B_1")
     (root / "many" / "models" / "tokenizer.model").write_bytes(b"tokens")
     _hugging_face(root / "gated" / "model")
+    _native(root / "meta" / "models" / "7B_1T_4")
+    shutil.copy(MISTRAL_SENTENCEPIECE, root / "meta" / "models" / "tokenizer.model")
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (_Hub,), {"root": root}))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -429,6 +436,17 @@ def test_models_of_the_hub_load(hub: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert above.find("tekken.json") is None
     downloaded = {path.name for path in (tmp_path / "cache").rglob("snapshots/*/**/*")}
     assert "7B_200B_1" not in downloaded  # only what was asked for
+
+
+def test_native_weights_on_the_hub_come_with_the_tokenizer_at_the_repositorys_root(
+    hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _use_hub(monkeypatch, hub, tmp_path / "cache")
+    tokenizer = HfTokenizer(TokenizerSettings(path="meta/models:7B_1T_4"))
+    expected = sentencepiece.SentencePieceProcessor(model_file=str(MISTRAL_SENTENCEPIECE))
+    text = "def f(x):\n    return x"
+    assert tokenizer.encode_prompt(text) == expected.encode(text, add_bos=True)
+    assert tokenizer.sentencepiece_model == MISTRAL_SENTENCEPIECE.read_bytes()
 
 
 def test_a_bare_id_of_a_repository_of_several_models_lists_its_folders(

@@ -10,17 +10,20 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import mistral_common
 import pytest
+import sentencepiece
 import torch
 import yaml
 from huggingface_hub import ModelCard as HubCard
 from test_pipelines_matrix import run_cli, train_arguments
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from s3_server import S3Server
 from wmtp.evaluation.microcode import build_tokenizer
 from wmtp.exceptions import CheckpointError, UserInputError
 from wmtp.modeling import MTPModel
+from wmtp.modeling.formats.meta_native_write import write_native
 from wmtp.pipelines.checkpoints import locate_model
 from wmtp.pipelines.export import ExportOptions, run_export_pipeline
 from wmtp.pipelines.provenance import describe_run, hub_id, public_name
@@ -212,6 +215,36 @@ def test_metas_layout_and_back_is_exact_and_takes_the_sentencepiece_file_along(
     back = run_export_pipeline(str(native.folder), tmp_path / "back")
     _same_tensors(back.folder, model)
     assert "no tokenizer" in back.notes[0]
+
+
+def test_the_sentencepiece_file_survives_the_way_over_hugging_face_and_back(tmp_path: Path) -> None:
+    (file,) = Path(mistral_common.__file__).parent.glob("data/tokenizer.model.v1")
+    model = MTPModel.from_causal_lm(
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=32000,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=64,
+            )
+        ),
+        horizon=2,
+    )
+    write_native(model, tmp_path / "repository" / "7B_1T_2")
+    shutil.copy(file, tmp_path / "repository" / "tokenizer.model")
+    hugging_face = run_export_pipeline(str(tmp_path / "repository" / "7B_1T_2"), tmp_path / "hf")
+    assert {"tokenizer.json", "tokenizer.model"} <= hugging_face.files.keys()
+    text = "def f(x):\n    return  x"
+    expected = sentencepiece.SentencePieceProcessor(model_file=str(file)).encode(text, add_bos=True)
+    assert AutoTokenizer.from_pretrained(hugging_face.folder)(text)["input_ids"] == expected
+    native = run_export_pipeline(
+        str(hugging_face.folder), tmp_path / "native", options=ExportOptions(format="meta")
+    )
+    assert native.notes == []
+    assert (native.folder / "tokenizer.model").read_bytes() == file.read_bytes()
+    _same_tensors(native.folder, tmp_path / "repository" / "7B_1T_2")
 
 
 def test_a_native_model_is_evaluated_from_its_folder_and_exported_in_its_own_precision(

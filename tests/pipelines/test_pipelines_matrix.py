@@ -142,6 +142,30 @@ def test_eval_takes_a_run_folder_a_step_and_an_export(
     assert (tmp_path / "reports/eval/report.html").is_file()
 
 
+def test_a_checkpoint_is_evaluated_with_the_heads_it_has_and_a_step_can_be_a_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = train_arguments("mtp_baseline", tmp_path, "--run-name", "run")
+    assert run_cli(*arguments, "--set", "model.mtp={horizon: 3, head: medusa, offsets: [1, 2, 5]}") == 0
+    # The recipe of the evaluation says nothing of the form of the heads.
+    same_horizon = ("--set", "model.mtp.horizon=3", "--set", "data.eval.sources=[microcode]")
+    for checkpoint in ("models/run/final", "models/run/step-4"):
+        evaluation = train_arguments("mtp_baseline", tmp_path, "--checkpoint", str(tmp_path / checkpoint))
+        name = checkpoint.replace("/", "-")
+        types = ("--types", "perplexity", "--run-name", name)
+        assert run_cli("eval", *evaluation[1:], *types, *same_horizon) == 0
+        assert "perplexity_head_2" in capsys.readouterr().out
+    base = ("--set", f"paths.models.base={tmp_path / 'models/run/step-4'}")
+    heads = ("--set", "model.mtp={horizon: 3, head: medusa, offsets: [1, 2, 5]}")
+    tokenizer = ("--set", "model.tokenizer.path=builtin:micro-llama")
+    validation = train_arguments("mtp_baseline", tmp_path)[1:]
+    assert run_cli("validate", *validation, *base, *heads, *tokenizer) == 0
+    printed = capsys.readouterr().out
+    assert "3 heads (medusa)" in printed
+    following = train_arguments("mtp_baseline", tmp_path, "--run-name", "next")
+    assert run_cli(*following, *base, *heads, *tokenizer) == 0
+
+
 def test_a_second_run_of_the_same_name_is_refused_and_the_first_stays(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,7 +68,7 @@ def locate_model(path: str) -> LocatedModel:
 def load_located(
     config: Config, recipe: Recipe, environment: Environment, located: LocatedModel, options: RunOptions
 ) -> tuple[MTPModel, HfTokenizer]:
-    """Load the model with the heads of `model.mtp`, and its tokenizer.
+    """Load the model with the first `model.mtp.horizon` heads it has, and its tokenizer.
 
     A training checkpoint is a model in itself; its tokenizer is the one of the recipe or of the recipe's
     base, and so are the frozen tensors of one that holds LoRA adapters.
@@ -76,7 +76,7 @@ def load_located(
     trust = options.trust_remote_code
     if not located.is_training_state:
         path = prepare_builtin_model(located.path, config, dry_run=False, options=options)
-        loaded = load_base(config, recipe, environment, path, trust_remote_code=trust)
+        loaded = load_base(config, recipe, environment, path, keeps_heads=True, trust_remote_code=trust)
         return loaded.model, load_tokenizer(config, recipe, path, trust_remote_code=trust)
     base_path = prepare_builtin_model(
         require_model(config, recipe, "base").path, config, dry_run=False, options=options
@@ -85,7 +85,8 @@ def load_located(
     step = find_checkpoint(Path(located.path))
     _, state = load_checkpoint(step, groups=())
     if not holds_adapters_only(state):
-        return load_base(config, recipe, environment, str(step), trust_remote_code=trust).model, tokenizer
+        loaded = load_base(config, recipe, environment, str(step), keeps_heads=True, trust_remote_code=trust)
+        return loaded.model, tokenizer
     loaded = load_base(config, recipe, environment, base_path, with_adapters=True, trust_remote_code=trust)
     check_same_base(loaded.model, state["base"])
     tensors, _ = load_checkpoint(step, groups=("model",))

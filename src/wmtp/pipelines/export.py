@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from wmtp import __version__
+from wmtp.components.tokenizer import HfTokenizer
 from wmtp.exceptions import UserInputError
 from wmtp.modeling import MTPModel
 from wmtp.modeling.formats.export import convert_dtype
@@ -149,7 +149,7 @@ def run_export_pipeline(
                     staging, model, tokenizer=loaded.tokenizer, metadata=metadata, title=folder.name
                 )
             else:
-                _write_native(staging, model, loaded.tokenizer_model, metadata, folder.name)
+                _write_native(staging, model, loaded.tokenizer, metadata, folder.name)
     except OSError as error:
         raise UserInputError(
             f"{folder} cannot be written: {error}", remedy="check the permissions and the free space there"
@@ -177,7 +177,7 @@ def export_model(
     metadata = {**describe_run(config, recipe, parts.base_path), "metrics": dict(metrics)}
     with publish_directory(paths.export, replace=True) as staging:
         _write_hugging_face(
-            staging, parts.model, tokenizer=parts.tokenizer.tokenizer, metadata=metadata, title=paths.name
+            staging, parts.model, tokenizer=parts.tokenizer, metadata=metadata, title=paths.name
         )
 
 
@@ -187,11 +187,10 @@ def export_state(config: Config, recipe: Recipe, parts: RunParts, paths: RunPath
     The tokenizer is written to `models/<run>/tokenizer` once; a `step-N` folder that is moved away from it
     falls back on the path the tokenizer was read from.
     """
-    tokenizer = parts.tokenizer.tokenizer
     folder = paths.checkpoints / RUN_TOKENIZER
     if not folder.exists():
         with publish_directory(folder) as staging:
-            tokenizer.save_pretrained(staging)
+            parts.tokenizer.save(staging)
     lora = recipe.model.lora
     generation_config = parts.model.causal_lm.generation_config
     return {
@@ -222,20 +221,23 @@ def _write_hugging_face(
     folder: Path,
     model: MTPModel,
     *,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: HfTokenizer | None,
     metadata: Mapping[str, Any],
     title: str,
 ) -> None:
-    model.save_pretrained(folder, tokenizer=tokenizer, metadata=metadata)
+    hugging_face = None if tokenizer is None else tokenizer.tokenizer
+    model.save_pretrained(folder, tokenizer=hugging_face, metadata=metadata)
+    if tokenizer is not None:
+        tokenizer.save_sentencepiece_model(folder)
     _write_card(folder, model, metadata, "hf", title)
 
 
 def _write_native(
-    folder: Path, model: MTPModel, tokenizer_model: bytes | None, metadata: Mapping[str, Any], title: str
+    folder: Path, model: MTPModel, tokenizer: HfTokenizer | None, metadata: Mapping[str, Any], title: str
 ) -> None:
     write_native(model, folder, dtype=model.dtype)
-    if tokenizer_model is not None:
-        (folder / TOKENIZER_MODEL).write_bytes(tokenizer_model)
+    if tokenizer is not None:
+        tokenizer.save_sentencepiece_model(folder)
     _write_card(folder, model, metadata, "meta", title)
 
 
@@ -312,9 +314,10 @@ def _keep_heads(model: MTPModel, horizon: int, checkpoint: str) -> None:
 
 
 def _notes(loaded: ReadModel, options: ExportOptions) -> list[str]:
-    if options.format == "meta" and loaded.tokenizer_model is None:
+    tokenizer = loaded.tokenizer
+    if options.format == "meta" and (tokenizer is None or tokenizer.sentencepiece_model is None):
         return [f"the checkpoint has no {TOKENIZER_MODEL}; put the SentencePiece file beside the weights"]
-    if options.format == "hf" and loaded.tokenizer is None:
+    if options.format == "hf" and tokenizer is None:
         return ["the checkpoint has no tokenizer; save one into the folder with tokenizer.save_pretrained"]
     return []
 

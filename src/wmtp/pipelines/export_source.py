@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
 from wmtp import __version__
 from wmtp.components.loader import MICRO_LLAMA, ModelLoaderContext
@@ -51,14 +51,12 @@ class ReadModel:
     Attributes:
         model: the model, adapters not yet merged.
         dtype: precision it is to be written in.
-        tokenizer: of the model; None where it has none that transformers reads.
-        tokenizer_model: contents of its SentencePiece file; None where it has none.
+        tokenizer: of the model; None where it has none.
     """
 
     model: MTPModel
     dtype: torch.dtype
-    tokenizer: PreTrainedTokenizerBase | None
-    tokenizer_model: bytes | None
+    tokenizer: HfTokenizer | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +109,6 @@ class ExportSource:
                 model=self._load_step(self.training_state),
                 dtype=dtype or torch.float32,
                 tokenizer=self._tokenizer(),
-                tokenizer_model=None,
             )
         stored = self._stored_dtype()
         wanted = dtype or stored
@@ -125,7 +122,6 @@ class ExportSource:
             model=model,
             dtype=wanted or original_dtype(model.config),
             tokenizer=self._tokenizer(),
-            tokenizer_model=self._tokenizer_model(),
         )
 
     def _load_step(self, state: dict[str, Any]) -> MTPModel:
@@ -163,7 +159,7 @@ class ExportSource:
         dtype = getattr(torch, name, None) if isinstance(name, str) else None
         return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
-    def _tokenizer(self) -> PreTrainedTokenizerBase | None:
+    def _tokenizer(self) -> HfTokenizer | None:
         path = self.path
         reader = HfTokenizer
         if self.training_state is not None:
@@ -173,14 +169,7 @@ class ExportSource:
             if all(self._folder_with(name) is None for name in RAW_FILES):
                 return None
             reader = RawTokenizer
-        return reader(TokenizerSettings(path=path, trust_remote_code=self.trust_remote_code)).tokenizer
-
-    def _tokenizer_model(self) -> bytes | None:
-        folder = self._folder_with(TOKENIZER_MODEL)
-        if folder is None:
-            return None
-        with folder.open(TOKENIZER_MODEL) as stream:
-            return stream.read()
+        return reader(TokenizerSettings(path=path, trust_remote_code=self.trust_remote_code))
 
     def _folder_with(self, name: str) -> ModelSource | None:
         """Where a file of the tokenizer is: beside the model or, for Meta's layout, one folder up."""

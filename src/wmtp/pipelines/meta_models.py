@@ -13,9 +13,10 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, PreTraine
 from wmtp.components.loader import MICRO_BASE, MICRO_LLAMA, MICRO_REFERENCE
 from wmtp.components.loader.builtin import build_micro_llama
 from wmtp.components.loader.sources import open_source
+from wmtp.components.loader.training_state import describe_training_state
 from wmtp.exceptions import ModelLoadError
 from wmtp.modeling import MTPModel, choose_trainable
-from wmtp.modeling.formats.configuration import context_length, read_config
+from wmtp.modeling.formats.configuration import build_config, context_length, read_config
 from wmtp.modeling.formats.export import read_saved_heads
 from wmtp.modeling.formats.kinds import (
     PARAMS_FILE,
@@ -101,6 +102,10 @@ def describe_causal_lm(config: Config, path: str, *, trust_remote_code: bool) ->
         vocab_size = _vocab_size(source) if params.get("vocab_size") == -1 else None
         llama, num_heads = native_config(params, vocab_size=vocab_size, source=f"{source}/{PARAMS_FILE}")
         return ModelDescription(path, kind, llama, SavedHeads("transformer", tuple(range(1, num_heads + 1))))
+    if kind is ModelKind.WMTP_CHECKPOINT:
+        assert isinstance(source, LocalSource)
+        heads, content, file = describe_training_state(source.directory)
+        return ModelDescription(path, kind, build_config(content, file), heads)
     if kind is ModelKind.SEQUENCE_CLASSIFICATION:
         raise ModelLoadError(
             f"{source} is {kind.description}, not a causal language model",

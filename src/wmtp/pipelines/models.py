@@ -23,11 +23,13 @@ def load_base(
     path: str,
     *,
     with_adapters: bool = False,
+    keeps_heads: bool = False,
     trust_remote_code: bool,
 ) -> LoadedModel:
     """The model to train, with the heads of `model.mtp`, on the run's device; fp32 parameters.
 
-    `with_adapters` puts the LoRA adapters of `model.lora` on its trunk.
+    `with_adapters` puts the LoRA adapters of `model.lora` on its trunk. `keeps_heads` takes form and offsets
+    of the heads from a checkpoint that has heads, whatever the recipe would give new ones.
     """
     loader = ComponentFactory.create_model_loader(config, recipe)
     mtp = recipe.model.mtp
@@ -35,9 +37,9 @@ def load_base(
         ModelLoaderContext(
             path,
             horizon=mtp.horizon,
-            head=mtp.head,
+            head=None if keeps_heads else mtp.head,
             adapter=mtp.adapter,
-            offsets=mtp.offsets,
+            offsets=None if keeps_heads else mtp.offsets,
             trust_remote_code=trust_remote_code,
         )
     )

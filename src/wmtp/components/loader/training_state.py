@@ -48,13 +48,7 @@ def read_training_state(folder: Path, *, dtype: torch.dtype) -> LoadedParts:
     """
     path = find_checkpoint(folder)
     groups, state = load_checkpoint(path, groups=("model",))
-    file = str(path / STATE_NAME)
-    if holds_adapters_only(state):
-        raise ModelLoadError(
-            f"{path} holds LoRA adapters and heads only; the other tensors are those of its base model",
-            remedy="evaluate or export it with the recipe of the run, which names the base",
-        )
-    saved, content = _read_description(state, file)
+    saved, content, file = _read_description(state, path)
     tensors = groups.get("model", {})
     weights = str(path / "model.safetensors")
     check_config(content, file, len(tensors))
@@ -71,13 +65,33 @@ def read_training_state(folder: Path, *, dtype: torch.dtype) -> LoadedParts:
     return LoadedParts(causal_lm, saved, head_tensors, weights)
 
 
-def _read_description(state: dict[str, Any], file: str) -> tuple[SavedHeads, dict[str, Any]]:
+def describe_training_state(folder: Path) -> tuple[SavedHeads, dict[str, Any], str]:
+    """Read what `read_training_state` would build, without its tensors.
+
+    Returns:
+        Its heads, the content of its configuration, and the file that says so.
+
+    Raises:
+        CheckpointError, ModelLoadError: as `read_training_state`.
+    """
+    path = find_checkpoint(folder)
+    _, state = load_checkpoint(path, groups=())
+    return _read_description(state, path)
+
+
+def _read_description(state: dict[str, Any], path: Path) -> tuple[SavedHeads, dict[str, Any], str]:
+    if holds_adapters_only(state):
+        raise ModelLoadError(
+            f"{path} holds LoRA adapters and heads only; the other tensors are those of its base model",
+            remedy="evaluate or export it with the recipe of the run, which names the base",
+        )
+    file = str(path / STATE_NAME)
     described = state.get(ARCHITECTURE_KEY)
     try:
         if isinstance(described, dict) and isinstance(described["config"], dict):
             form = described["head"]
             if form in HEAD_FORMS:
-                return SavedHeads(form, check_offsets(described["offsets"])), described["config"]
+                return SavedHeads(form, check_offsets(described["offsets"])), described["config"], file
     except (UserInputError, KeyError, TypeError):
         pass
     raise ModelLoadError(

@@ -18,7 +18,12 @@ from wmtp.components.data.formats import missing_fields, recognise
 from wmtp.components.registry import tokenizer_registry
 from wmtp.components.tokenizer.chat import chat_pieces
 from wmtp.components.tokenizer.encoding import EncodedPiece, Piece, PieceEncoder, weights_from_spans
-from wmtp.components.tokenizer.raw_files import find_only_raw_file, load_raw_tokenizer
+from wmtp.components.tokenizer.raw_files import (
+    RAW_FILES,
+    find_only_raw_file,
+    load_raw_tokenizer,
+    read_sentencepiece_model,
+)
 from wmtp.components.tokenizer.remote import TOKENIZER_FILES, local_path
 from wmtp.evaluation.microcode import build_tokenizer
 from wmtp.exceptions import DataError, ModelLoadError, UserInputError
@@ -72,6 +77,8 @@ class HfTokenizer(Component[TokenizerContext, list[Feature]]):
 
     Attributes:
         tokenizer: the Hugging Face object.
+        sentencepiece_model: contents of the `tokenizer.model` it was read from or that lay beside it; None
+            where there was none.
     """
 
     def __init__(self, settings: TokenizerSettings | Mapping[str, Any]) -> None:
@@ -81,6 +88,7 @@ class HfTokenizer(Component[TokenizerContext, list[Feature]]):
                 f"max_length is {settings.max_length}", remedy="use at least 2: a token, and one to predict"
             )
         self.settings = settings
+        self.sentencepiece_model: bytes | None = None
         self.tokenizer = settings.tokenizer if settings.tokenizer is not None else self._load_from_anywhere()
         self._encoder = PieceEncoder(self.tokenizer)
 
@@ -88,6 +96,8 @@ class HfTokenizer(Component[TokenizerContext, list[Feature]]):
         path = require_path(self.settings)
         with local_path(path, self.settings.s3) as local:
             tokenizer = self.load(replace(self.settings, path=local))
+            if not path.startswith(BUILTIN_PREFIX):
+                self.sentencepiece_model = read_sentencepiece_model(local)
         if local != path:
             tokenizer.name_or_path = path
         return tokenizer
@@ -122,6 +132,16 @@ class HfTokenizer(Component[TokenizerContext, list[Feature]]):
                 "(model.tokenizer.path where the model has none)",
             ) from error
         return tokenizer
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer as a Hugging Face one, and the SentencePiece file it came with, if any."""
+        self.tokenizer.save_pretrained(folder)
+        self.save_sentencepiece_model(folder)
+
+    def save_sentencepiece_model(self, folder: str | Path) -> None:
+        """Write the SentencePiece file alone, `tokenizer.model`, if there is one."""
+        if self.sentencepiece_model is not None:
+            (Path(folder) / RAW_FILES[0]).write_bytes(self.sentencepiece_model)
 
     def run(self, context: TokenizerContext) -> list[Feature]:
         """Tokenise the context's examples; see `tokenize_dataset`."""

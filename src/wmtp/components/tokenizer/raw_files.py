@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.integrations.mistral.tokenizer import MistralConverter
 
 from wmtp.exceptions import ModelLoadError
-from wmtp.modeling.formats.sources import ModelSource, locate_source
+from wmtp.modeling.formats.sources import LocalSource, ModelSource, locate_source
 
 RAW_FILES = ("tokenizer.model", "tekken.json")
 # One of these says how transformers is to read the raw file, or stands for it.
@@ -54,39 +54,45 @@ def find_raw_file(path: str) -> Path:
     local = Path(path).expanduser()
     if local.is_file():
         return local
-    if local.is_dir():
-        folders = (local, local.resolve().parent)
-        found = next((files for folder in folders if (files := _raw_files_in(folder))), [])
-    else:
-        source = locate_source(path)
-        found = _raw_files_on_hub(source) or _raw_files_on_hub(source.parent())
-    if len(found) > 1:
-        raise ModelLoadError(
-            f"{path} has two tokenizers: {', '.join(map(str, found))}",
-            remedy="name one of the files in model.tokenizer.path",
-        )
+    folder = _folder(path)
+    found = _raw_files_in(folder) or _raw_files_in(folder.parent())
     if not found:
         raise ModelLoadError(
             f"{path} has no {' or '.join(RAW_FILES)}, nor has the folder above it",
             remedy="name the file in model.tokenizer.path, or use model.tokenizer.type: hf",
         )
-    return found[0]
+    return _only(found, path)
 
 
 def find_only_raw_file(path: str) -> Path | None:
-    """The raw file of a local path that has no Hugging Face tokenizer; None where it has one, or no file.
+    """The raw file of a path that has no Hugging Face tokenizer; None where it has one, or no raw file.
 
     One folder up counts for a folder of native weights alone, where Meta's repositories have it.
+
+    Raises:
+        ModelLoadError: there is nothing at the path, or two raw files.
     """
     local = Path(path).expanduser()
     if local.is_file():
         return local
-    if not local.is_dir() or any((local / name).is_file() for name in _HUGGING_FACE_FILES):
+    folder = _folder(path)
+    names = folder.names()
+    if names.intersection(_HUGGING_FACE_FILES):
         return None
-    is_native = any((local / name).is_file() for name in META_FILES)
-    if _raw_files_in(local) or (is_native and _raw_files_in(local.resolve().parent)):
-        return find_raw_file(path)
-    return None
+    found = _raw_files_in(folder)
+    if not found and names.intersection(META_FILES):
+        found = _raw_files_in(folder.parent())
+    return _only(found, path) if found else None
+
+
+def read_sentencepiece_model(path: str) -> bytes | None:
+    """Contents of the `tokenizer.model` that the tokenizer at `path` was read from or that lies beside it.
+
+    None where there is none. It goes along when a model is written, because Meta's layout knows no other.
+    """
+    name = RAW_FILES[0]
+    file = find_only_raw_file(path) or _folder(path).find(name)
+    return file.read_bytes() if file is not None and file.name == name else None
 
 
 def load_raw_tokenizer(file: Path) -> PreTrainedTokenizerFast:
@@ -117,12 +123,26 @@ def load_raw_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _raw_files_in(folder: Path) -> list[Path]:
-    return [folder / name for name in RAW_FILES if (folder / name).is_file()]
+def _folder(path: str) -> ModelSource:
+    local = Path(path).expanduser()
+    # One folder up is one folder up from where the files are, also for a link to their folder.
+    return LocalSource(local.resolve()) if local.is_dir() else locate_source(path)
 
 
-def _raw_files_on_hub(source: ModelSource | None) -> list[Path]:
-    return [] if source is None else [file for name in RAW_FILES if (file := source.find(name)) is not None]
+def _raw_files_in(folder: ModelSource | None) -> list[Path]:
+    if folder is None:
+        return []
+    names = folder.names()
+    return [file for name in RAW_FILES if name in names and (file := folder.find(name)) is not None]
+
+
+def _only(found: list[Path], path: str) -> Path:
+    if len(found) > 1:
+        raise ModelLoadError(
+            f"{path} has two tokenizers: {', '.join(map(str, found))}",
+            remedy="name one of the files in model.tokenizer.path",
+        )
+    return found[0]
 
 
 def _read_tekken(file: Path) -> tuple[Tokenizer, dict[str, str]]:
