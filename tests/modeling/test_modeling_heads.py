@@ -110,8 +110,8 @@ def test_linear_and_medusa_heads_equal_their_formula_on_head_0_before_the_norm(f
         for h, head in enumerate(model.extra_heads, start=1):
             y = x @ head.map.weight.T
             if form == "medusa":
-                y = y + head.map.bias
-                y = x + y * y.sigmoid()
+                y = (y + head.map.bias) * (y + head.map.bias).sigmoid()
+            y = x + y
             expected = rms_norm(y, model.final_norm.weight)
             torch.testing.assert_close(hidden_BSHD[:, :, h], expected, rtol=0, atol=1e-12)
 

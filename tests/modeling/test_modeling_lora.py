@@ -151,7 +151,7 @@ def test_another_base_is_refused_by_name() -> None:
     without = {name: value for name, value in model.lora.base.items() if "norm" not in name}
     with pytest.raises(ModelLoadError, match="absent then"):
         check_same_base(model, without)
-    with pytest.raises(ModelLoadError, match="checkpoint has none and the recipe has"):
+    with pytest.raises(ModelLoadError, match="recipe has LoRA adapters and the checkpoint has none"):
         check_same_base(model, None)
     with pytest.raises(ModelLoadError, match="checkpoint has and the recipe has none"):
         check_same_base(build(), model.lora.base)

@@ -66,17 +66,19 @@ class TransformerHead(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """A linear map of head 0's hidden state; the identity at the start."""
+    """A linear map of head 0's hidden state, `x + W x`; the identity at the start.
+
+    Written as what it adds, so that weight decay pulls it towards head 0 and not towards nothing.
+    """
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.map = nn.Linear(hidden_size, hidden_size, bias=False)
-        nn.init.eye_(self.map.weight)
+        nn.init.zeros_(self.map.weight)
 
     def forward(self, inputs: HeadInputs) -> Tensor:
         """Return [B,S,D] before the final norm."""
-        state_BSD: Tensor = self.map(inputs.states[0])
-        return state_BSD
+        return inputs.states[0] + self.map(inputs.states[0])
 
 
 class MedusaHead(nn.Module):
