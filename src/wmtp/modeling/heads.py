@@ -78,7 +78,8 @@ class LinearHead(nn.Module):
 
     def forward(self, inputs: HeadInputs) -> Tensor:
         """Return [B,S,D] before the final norm."""
-        return inputs.states[0] + self.map(inputs.states[0])
+        state_BSD: Tensor = inputs.states[0] + self.map(inputs.states[0])
+        return state_BSD
 
 
 class MedusaHead(nn.Module):
