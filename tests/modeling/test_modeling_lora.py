@@ -153,7 +153,7 @@ def test_another_base_is_refused_by_name() -> None:
         check_same_base(model, without)
     with pytest.raises(ModelLoadError, match="recipe has LoRA adapters and the checkpoint has none"):
         check_same_base(model, None)
-    with pytest.raises(ModelLoadError, match="checkpoint has and the recipe has none"):
+    with pytest.raises(ModelLoadError, match="checkpoint has LoRA adapters and the recipe has none"):
         check_same_base(build(), model.lora.base)
     check_same_base(build(), None)
 
