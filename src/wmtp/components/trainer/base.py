@@ -66,6 +66,7 @@ class TrainingRun:
         grad_norm: norm of the model's gradient of the last step, before clipping.
         is_nonfinite: 1.0 where the last step's loss or gradient was not finite and its update was suppressed.
         stop_reason: set by a callback to end the run after the present step.
+        save_requested: set by a callback before `CheckpointCallback`, which saves this step and resets it.
         metrics: values that validation and the like leave for the next log line.
     """
 
@@ -80,6 +81,7 @@ class TrainingRun:
     grad_norm: Tensor | None = None
     is_nonfinite: Tensor | None = None
     stop_reason: str | None = None
+    save_requested: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wmtp.components.trainer.base import TrainingRun
@@ -29,3 +29,16 @@ class Callback:
 
     def close(self) -> None:
         """Last of all, also after an error: give back what is held."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON state that a resumed run needs; kept in every checkpoint under the name of the class.
+
+        Asked for before anything of a checkpoint is written. May wait for the device.
+
+        Raises:
+            TrainingDivergedError: the run is over, and this state must not become a checkpoint.
+        """
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave; called before `on_train_start`, on a resumed run only."""

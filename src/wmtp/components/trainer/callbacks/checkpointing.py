@@ -49,8 +49,10 @@ class CheckpointCallback(Callback):
 
     def on_step_end(self, run: TrainingRun, result: StepResult) -> None:
         """Save when it is time."""
-        if self.every_steps is not None and run.step % self.every_steps == 0:
+        is_due = self.every_steps is not None and run.step % self.every_steps == 0
+        if is_due or run.save_requested:
             self._save(run)
+            run.save_requested = False
 
     def on_train_end(self, run: TrainingRun) -> None:
         """Save the end of the run."""
