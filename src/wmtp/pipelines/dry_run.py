@@ -27,7 +27,7 @@ def measure_longest_batch(trainer: BaseWmtpTrainer, context: TrainerContext) -> 
     return {
         "micro-batch (rows, tokens, heads)": tuple(batch["labels"].shape),
         "micro-batches a step": run.micro_batches_per_step,
-        "micro-batches an epoch": context.data.plan.num_batches(0),
+        "micro-batches an epoch": context.data.batches_per_epoch() or "not known before it has been read",
         "trained parameters": sum(
             parameter.numel()
             for module in context.modules.values()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wmtp.components.data.batching import BatchPlan, TrainingData, evaluation_batches, to_device
+from wmtp.components.data.batching import BatchPlan, MicroBatches, TrainingData, evaluation_batches, to_device
 from wmtp.components.data.collators import CollatorSettings, LMDataCollator, MTPDataCollator
 from wmtp.components.data.examples import Batch, Bin, Example, Feature, Weight
 from wmtp.components.data.packing import PackingSummary, pack_lengths, summarise_packing
@@ -28,6 +28,7 @@ __all__ = [
     "Feature",
     "LMDataCollator",
     "MTPDataCollator",
+    "MicroBatches",
     "MicroCodeOptions",
     "PackingSummary",
     "TrainingData",

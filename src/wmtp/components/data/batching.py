@@ -7,6 +7,7 @@ workers and ranks take slices of one global sequence and a resumed run goes on w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,12 +16,47 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from wmtp.components.data.examples import Batch, Bin, Feature
 from wmtp.components.data.packing import PackingSummary, pack_lengths, summarise_packing
-from wmtp.exceptions import DataError, UserInputError
+from wmtp.exceptions import CheckpointError, DataError, UserInputError
 
 Collator = Callable[[Sequence[Feature | Bin]], Batch]
 
 # A micro-batch as indices of features: rows, each the features that share it.
 PlannedBatch = list[list[int]]
+
+
+class MicroBatches(Protocol):
+    """An endless sequence of micro-batches that a run can leave and take up again anywhere.
+
+    The sequence is a function of the seed and the data alone; its members are counted from 0 over all epochs.
+    """
+
+    def batches(self, start_index: int = 0, state: dict[str, Any] | None = None) -> Iterator[Batch]:
+        """Micro-batches `start_index`, `start_index + 1`, ... for ever.
+
+        Args:
+            start_index: how many micro-batches have been consumed.
+            state: what `state_at(start_index)` gave when the run was saved; None in a fresh run.
+
+        Raises:
+            CheckpointError: the state does not fit the data, or was not saved at `start_index`.
+        """
+        ...
+
+    def state_at(self, index: int) -> dict[str, Any]:
+        """The position after `index` consumed micro-batches as JSON, whatever has been prepared ahead."""
+        ...
+
+    def epoch_at(self, index: int) -> int:
+        """Epoch of micro-batch `index`, the next one after `index` consumed micro-batches."""
+        ...
+
+    def longest_batch(self) -> Batch:
+        """A micro-batch with as many padded tokens as can be foreseen: what memory is measured on."""
+        ...
+
+    def batches_per_epoch(self) -> int | None:
+        """Micro-batches in the first epoch; None where that is not known before it has been read."""
+        ...
 
 
 class BatchPlan:
@@ -206,8 +242,17 @@ class TrainingData:
         self._collator = collator
         self._num_workers = num_workers
 
-    def batches(self, start_index: int = 0) -> Iterator[Batch]:
-        """Micro-batches `start_index`, `start_index + 1`, ... for ever, epoch after epoch."""
+    def batches(self, start_index: int = 0, state: dict[str, Any] | None = None) -> Iterator[Batch]:
+        """Micro-batches `start_index`, `start_index + 1`, ... for ever, epoch after epoch.
+
+        Raises:
+            CheckpointError: `state` is of a run that streamed its data.
+        """
+        if state:
+            raise CheckpointError(
+                "the checkpoint is of a run that streamed its data, and this run holds it in memory",
+                remedy="resume with data.train.streaming: true",
+            )
         loader = DataLoader(
             self._dataset,
             batch_sampler=_PlanSampler(self.plan, start_index),
@@ -218,6 +263,18 @@ class TrainingData:
             generator=Generator().manual_seed(0),
         )
         return iter(loader)
+
+    def state_at(self, index: int) -> dict[str, Any]:
+        """Nothing: the index alone says where the sequence goes on."""
+        return {}
+
+    def epoch_at(self, index: int) -> int:
+        """Epoch of micro-batch `index`."""
+        return self.plan.locate(index)[0]
+
+    def batches_per_epoch(self) -> int:
+        """Micro-batches in the first epoch."""
+        return self.plan.num_batches(0)
 
     def batch(self, index: int) -> Batch:
         """Micro-batch `index`, made in this process."""

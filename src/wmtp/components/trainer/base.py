@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wmtp.components.base import Component
-from wmtp.components.data import TrainingData, to_device
+from wmtp.components.data import MicroBatches, to_device
 from wmtp.components.data.examples import Batch
 from wmtp.components.optimizer import OptimizerBundle
 from wmtp.components.scorer.base import Scorer, ScorerContext
@@ -30,7 +30,7 @@ class TrainerContext:
     Attributes:
         modules: name -> trained module; `model` is the `MTPModel`, `value_head` the critic's.
         optimizer: optimizer and schedule over these modules.
-        data: the training micro-batches, addressable by their index.
+        data: the training micro-batches.
         scorer: where the weights come from; None for uniform weights.
         callbacks: called in this order; closed in reverse.
         device: where the modules are.
@@ -40,7 +40,7 @@ class TrainerContext:
 
     modules: dict[str, nn.Module]
     optimizer: OptimizerBundle
-    data: TrainingData
+    data: MicroBatches
     scorer: Scorer | None = None
     callbacks: Sequence[Callback] = ()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -83,13 +83,24 @@ class TrainingRun:
     stop_reason: str | None = None
     save_requested: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
+    _data_state: dict[str, Any] | None = None
+
+    @property
+    def num_consumed(self) -> int:
+        """Micro-batches that finished steps have consumed."""
+        return self.step * self.micro_batches_per_step
+
+    def batches(self) -> Iterator[Batch]:
+        """The micro-batches that have not been consumed, from where a resumed run was saved."""
+        return self.context.data.batches(self.num_consumed, self._data_state)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON state of the loop: counters, schedule, weighting."""
+        """JSON state of the loop: counters, position in the data, schedule, weighting."""
         weighting = self.weighting
         return {
             "step": self.step,
             "num_tokens": self.num_tokens,
+            "data": self.context.data.state_at(self.num_consumed),
             "scheduler": self.context.optimizer.scheduler.state_dict(),
             "weighting": None if weighting is None else weighting.state_dict(),
         }
@@ -98,6 +109,7 @@ class TrainingRun:
         """Take back what `state_dict` gave."""
         self.step = int(state["step"])
         self.num_tokens = int(state["num_tokens"])
+        self._data_state = state["data"]
         self.context.optimizer.scheduler.load_state_dict(state["scheduler"])
         if self.weighting is not None and state["weighting"] is not None:
             self.weighting.load_state_dict(state["weighting"], self.context.device)
@@ -216,7 +228,7 @@ class BaseWmtpTrainer(Component[TrainerContext, TrainResult]):
     def _steps(self, run: TrainingRun) -> Iterator[list[Batch]]:
         """The micro-batches of each remaining step, on the device, fetched before the step begins."""
         per_step = run.micro_batches_per_step
-        batches = iter(run.context.data.batches(run.step * per_step))
+        batches = run.batches()
         while run.step < run.max_steps:
             began = time.perf_counter()
             step_batches = [to_device(next(batches), run.context.device) for _ in range(per_step)]

@@ -73,7 +73,7 @@ class CheckpointCallback(Callback):
         state = {
             **self.run_state,
             "step": run.step,
-            "epoch": context.data.plan.locate(run.step * run.micro_batches_per_step)[0],
+            "epoch": context.data.epoch_at(run.num_consumed),
             "training": run.state_dict(),
             "optimizer": optimizer_state,
             ARCHITECTURE_KEY: describe_architecture(context.model),
