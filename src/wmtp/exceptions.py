@@ -46,7 +46,35 @@ class CheckpointError(UserInputError):
 
 
 class StorageError(UserInputError):
-    """A remote store that cannot be read; the message names the address and what to do."""
+    """A remote store that cannot be used; the message names the address and what to do."""
+
+
+class StorageMissingError(StorageError):
+    """The store has no such object or bucket."""
+
+
+class StorageCredentialsError(StorageError):
+    """There are no credentials for the store, or they are wrong or have expired."""
+
+
+class StorageDeniedError(StorageError):
+    """The store refuses what was asked with these credentials."""
+
+
+class StorageConflictError(StorageError):
+    """A write on a condition found the object there already, or changed."""
+
+
+class StorageDamagedError(StorageError):
+    """The bytes that arrived are not those that were sent, or not those that were expected."""
+
+
+class StorageUnavailableError(StorageError):
+    """The store was away, failing or busy until the deadline; it may come back."""
+
+
+class StorageFullError(StorageError):
+    """The store has no space left."""
 
 
 class SandboxUnavailableError(UserInputError):

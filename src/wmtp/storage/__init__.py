@@ -3,6 +3,7 @@
 from wmtp.storage.atomic import publish_directory, verify_manifest, write_bytes_atomic, write_json_atomic
 from wmtp.storage.paths import BUILTIN_DATASETS, BUILTIN_MODELS, PathResolver
 from wmtp.storage.s3 import S3Folder, S3Manager, create_s3_manager
+from wmtp.storage.s3_streams import S3Object
 
 __all__ = [
     "BUILTIN_DATASETS",
@@ -10,6 +11,7 @@ __all__ = [
     "PathResolver",
     "S3Folder",
     "S3Manager",
+    "S3Object",
     "create_s3_manager",
     "publish_directory",
     "verify_manifest",

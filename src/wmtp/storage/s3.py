@@ -1,25 +1,28 @@
-"""Reading from S3, and from servers that speak its protocol: folders of files, and files as seekable streams.
+"""S3, and servers that speak its protocol: objects as streams, folders as model sources, conditional writes.
 
-Nothing is copied to this machine's disk: a stream fetches the byte ranges that are read from it, long ones in
-parts that are requested side by side. Built on s3fs (`pip install "wmtp[s3]"`), which is imported on use.
+Nothing is copied to this machine's disk: a stream fetches the byte ranges that are read from it, long ones
+in parts that are requested side by side, and what is written goes out in parts as they fill up. Every request
+is tried as `wmtp.storage.s3_client` says. Built on botocore (`pip install "wmtp[s3]"`), imported on use.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from wmtp.exceptions import StorageError
+from wmtp.exceptions import StorageDeniedError, StorageError, StorageMissingError
 from wmtp.settings.config import Config, S3Settings
+from wmtp.storage.s3_client import S3Client
+from wmtp.storage.s3_streams import RangedStream, S3Object, split_uri
+from wmtp.storage.s3_upload import UploadStream, etag_of, put_object
 
 # What small reads (headers, JSON) are rounded up to.
 _BUFFER_BYTES = 1024 * 1024
-_CONNECT_TIMEOUT_S = 10.0
-_READ_TIMEOUT_S = 60.0
+_MAX_DELETED_AT_ONCE = 1000
 
 
 def create_s3_manager(config: Config) -> S3Manager:
@@ -28,11 +31,19 @@ def create_s3_manager(config: Config) -> S3Manager:
 
 
 class S3Manager:
-    """Access to S3 with the settings of a config. Keys without `s3://` are keys of `s3.bucket`."""
+    """Access to S3 with the settings of a config. Keys without `s3://` are keys of `s3.bucket`.
+
+    Every method raises a `StorageError` of the kind that fits: `StorageMissingError`,
+    `StorageCredentialsError`, `StorageDeniedError`, `StorageUnavailableError`, `StorageDamagedError`,
+    `StorageFullError`, `StorageConflictError`. It can be shared by threads, pickled, and used in forked
+    processes.
+    """
 
     def __init__(self, settings: S3Settings) -> None:
         self.settings = settings
-        self._filesystem = _open_filesystem(settings)
+        self._client = S3Client(settings)
+
+    # ------------------------------------------------------------------------------------------- reading
 
     def stream_model(self, key: str) -> BinaryIO:
         """Open an object as a seekable stream; only the ranges that are read are fetched.
@@ -41,38 +52,184 @@ class S3Manager:
             key: a key of `s3.bucket`, or `s3://bucket/key`.
 
         Raises:
-            StorageError: there is no such object, or it cannot be had.
+            StorageMissingError: there is no such object.
         """
-        path = self._path(key)
-        with _explained(f"s3://{path}", self.settings):
-            size = int(self._filesystem.info(path)["size"])
-        stream = _ObjectStream(self._filesystem, path, size, self.settings)
-        return cast(BinaryIO, io.BufferedReader(stream, _BUFFER_BYTES))
+        return cast(
+            BinaryIO, io.BufferedReader(RangedStream(self._client, self._require(key)), _BUFFER_BYTES)
+        )
+
+    def read_bytes(self, key: str) -> tuple[bytes, str]:
+        """Read an object whole; returns its content and its ETag. A digest that the server keeps is compared.
+
+        Raises:
+            StorageMissingError: there is no such object.
+        """
+        uri = self.uri(key)
+
+        def get() -> tuple[bytes, str]:
+            answer = self._client.request_once("get_object", **split_uri(uri), ChecksumMode="ENABLED")
+            with answer["Body"] as body:
+                return body.read(), etag_of(answer)
+
+        return self._client.retry(uri, get)
+
+    def stat(self, key: str) -> S3Object | None:
+        """Size, ETag and time of an object; None if there is none.
+
+        Raises:
+            StorageMissingError: there is no such bucket.
+        """
+        uri = self.uri(key)
+        try:
+            found = self._client.request("head_object", uri, **split_uri(uri))
+        except StorageMissingError:
+            self._ask_for_reason(uri)
+            return None
+        except StorageDeniedError:
+            self._ask_for_reason(uri)
+            raise
+        return S3Object(uri, int(found["ContentLength"]), etag_of(found), found["LastModified"])
+
+    def list_objects(self, prefix: str) -> list[S3Object]:
+        """All objects whose key begins with `prefix`, at any depth, in order of their keys.
+
+        The prefix is text: end it with `/` where a folder is meant.
+        """
+        uri = self.uri(prefix)
+        bucket = split_uri(uri)["Bucket"]
+        return [
+            S3Object(
+                f"s3://{bucket}/{entry['Key']}", int(entry["Size"]), etag_of(entry), entry["LastModified"]
+            )
+            for page in self._pages(uri)
+            for entry in page.get("Contents", ())
+            if not entry["Key"].endswith("/")  # what some tools leave in place of a folder
+        ]
+
+    def list_folders(self, prefix: str) -> list[str]:
+        """Names of the folders directly under a prefix, sorted."""
+        return self._list_level(self.uri(prefix))[1]
 
     def folder(self, key: str) -> S3Folder:
         """The files under a prefix, as the model loaders read them.
 
         Raises:
-            StorageError: nothing is there, or it cannot be had.
+            StorageMissingError: nothing is there.
         """
-        path = self._path(key).rstrip("/")
-        files: list[str] = []
-        folders: list[str] = []
-        with _explained(f"s3://{path}", self.settings):
-            for entry in self._filesystem.ls(path, detail=True):
-                name = entry["name"].rstrip("/").rpartition("/")[2]
-                if entry["name"].rstrip("/") != path:
-                    (folders if entry["type"] == "directory" else files).append(name)
-        return S3Folder(self, path, frozenset(files), tuple(sorted(folders)))
+        uri = self.uri(key).rstrip("/")
+        files, folders = self._list_level(uri)
+        if not files and not folders:
+            raise StorageMissingError(f"{uri} does not exist", remedy="check bucket and key")
+        return S3Folder(self, uri.removeprefix("s3://"), frozenset(files), tuple(folders))
 
-    def _path(self, key: str) -> str:
+    # ------------------------------------------------------------------------------------------- writing
+
+    def write_bytes(
+        self, key: str, content: bytes, *, if_absent: bool = False, if_match: str | None = None
+    ) -> str:
+        """Write an object in one request, with a SHA-256 that the server checks; returns its ETag.
+
+        Args:
+            key: a key of `s3.bucket`, or `s3://bucket/key`.
+            content: all of it.
+            if_absent: write only where no such object is.
+            if_match: write only over the object with this ETag.
+
+        Raises:
+            StorageConflictError: the condition did not hold, and it was not this call itself that broke it in
+                a try whose answer was lost.
+        """
+        return put_object(self._client, self.uri(key), content, if_absent=if_absent, if_match=if_match)
+
+    @contextmanager
+    def upload(self, key: str) -> Iterator[BinaryIO]:
+        """A stream that writes an object: it appears, whole, at the end of the block, and not if that raises.
+
+        Holds at most `s3.max_concurrency` + 1 parts of `s3.part_size_mib`; the server checks a SHA-256 of
+        each. A failure to send is raised by a later `write`, or at the end of the block.
+        """
+        stream = UploadStream(self._client, self.uri(key))
+        try:
+            yield cast(BinaryIO, stream)
+        except BaseException:
+            stream.abort()
+            raise
+        stream.commit()
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete objects; those that are not there are fine."""
+        by_bucket: dict[str, list[str]] = {}
+        for key in keys:
+            target = split_uri(self.uri(key))
+            by_bucket.setdefault(target["Bucket"], []).append(target["Key"])
+        for bucket, names in by_bucket.items():
+            for at in range(0, len(names), _MAX_DELETED_AT_ONCE):
+                self._delete_some(bucket, names[at : at + _MAX_DELETED_AT_ONCE])
+
+    # ------------------------------------------------------------------------------------------- addresses
+
+    def uri(self, key: str) -> str:
+        """The whole address of a key.
+
+        Raises:
+            StorageError: the key has no bucket, and `s3.bucket` is not set.
+        """
         if key.startswith("s3://"):
-            return key.removeprefix("s3://")
+            return key
         if self.settings.bucket is None:
             raise StorageError(
                 f"{key!r} names no bucket", remedy="give s3://bucket/key, or set s3.bucket in the config"
             )
-        return f"{self.settings.bucket}/{key.lstrip('/')}"
+        return f"s3://{self.settings.bucket}/{key.lstrip('/')}"
+
+    def _require(self, key: str) -> S3Object:
+        found = self.stat(key)
+        if found is None:
+            raise StorageMissingError(f"{self.uri(key)} does not exist", remedy="check bucket and key")
+        return found
+
+    def _ask_for_reason(self, uri: str) -> None:
+        """Raise why a HEAD request was refused, whose answer has no body to say it in, if a listing tells."""
+        target = split_uri(uri)
+        self._client.request("list_objects_v2", uri, Bucket=target["Bucket"], Prefix=target["Key"], MaxKeys=1)
+
+    def _pages(self, uri: str, **arguments: Any) -> Iterator[dict[str, Any]]:
+        target = split_uri(uri)
+        arguments |= {"Bucket": target["Bucket"], "Prefix": target["Key"]}
+        while True:
+            page = self._client.request("list_objects_v2", uri, **arguments)
+            yield page
+            if not page["IsTruncated"]:
+                return
+            arguments["ContinuationToken"] = page["NextContinuationToken"]
+
+    def _list_level(self, uri: str) -> tuple[list[str], list[str]]:
+        """Names of the files and of the folders directly under a prefix, each sorted."""
+        folder = uri.rstrip("/") + "/"
+        if not split_uri(folder)["Key"].strip("/"):
+            folder = f"s3://{split_uri(folder)['Bucket']}/"
+        length = len(split_uri(folder)["Key"])
+        files: set[str] = set()
+        folders: set[str] = set()
+        for page in self._pages(folder, Delimiter="/"):
+            files.update(entry["Key"][length:] for entry in page.get("Contents", ()))
+            folders.update(entry["Prefix"][length:].rstrip("/") for entry in page.get("CommonPrefixes", ()))
+        return sorted(files - {""}), sorted(folders - {""})
+
+    def _delete_some(self, bucket: str, names: list[str]) -> None:
+        answer = self._client.request(
+            "delete_objects",
+            f"s3://{bucket}/{names[0]}",
+            Bucket=bucket,
+            Delete={"Objects": [{"Key": name} for name in names], "Quiet": True},
+        )
+        refused = [entry for entry in answer.get("Errors", ()) if entry.get("Code") != "NoSuchKey"]
+        if refused:
+            raise StorageDeniedError(
+                f"s3://{bucket}/{refused[0]['Key']} and {len(refused) - 1} more cannot be deleted: "
+                f"{refused[0].get('Code')} {refused[0].get('Message', '')}",
+                remedy="check what the access key may do",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,116 +274,3 @@ class S3Folder:
 
     def __str__(self) -> str:
         return f"s3://{self.path}"
-
-
-class _ObjectStream(io.RawIOBase):
-    """A seekable, read-only view of an object; each read fetches its range and no more."""
-
-    def __init__(self, filesystem: Any, path: str, size: int, settings: S3Settings) -> None:
-        self._filesystem = filesystem
-        self._path = path
-        self._size = size
-        self._settings = settings
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readall(self) -> bytes:
-        # Python's own asks for 8 KiB at a time.
-        return self.read(self._size - self._position) or b""
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        end = min(self._position + len(view), self._size)
-        if end <= self._position:
-            return 0
-        part = self._settings.part_size_mib * 2**20
-        starts = list(range(self._position, end, part))
-        ends = [min(start + part, end) for start in starts]
-        with _explained(f"s3://{self._path}", self._settings):
-            parts = self._filesystem.cat_ranges(
-                [self._path] * len(starts),
-                starts,
-                ends,
-                batch_size=self._settings.max_concurrency,
-                on_error="raise",
-            )
-        for start, stop, content in zip(starts, ends, parts, strict=True):
-            if len(content) != stop - start:
-                raise StorageError(
-                    f"s3://{self._path} gave {len(content)} bytes where {stop - start} were asked for",
-                    remedy="the object was changed or cut off while it was read; try again",
-                )
-            view[start - self._position : stop - self._position] = content
-        count = end - self._position
-        self._position = end
-        return count
-
-
-def _open_filesystem(settings: S3Settings) -> Any:
-    try:
-        import s3fs
-    except ImportError as error:
-        raise StorageError(
-            "s3:// paths need the package s3fs, which is not installed", remedy='pip install "wmtp[s3]"'
-        ) from error
-
-    def plain(secret: Any) -> str | None:
-        return None if secret is None else str(secret.get_secret_value())
-
-    return s3fs.S3FileSystem(
-        key=plain(settings.access_key_id),
-        secret=plain(settings.secret_access_key),
-        token=plain(settings.session_token),
-        endpoint_url=settings.endpoint_url,
-        client_kwargs={"region_name": settings.region},
-        config_kwargs={
-            "retries": {"mode": "standard", "total_max_attempts": settings.max_attempts},
-            "connect_timeout": _CONNECT_TIMEOUT_S,
-            "read_timeout": _READ_TIMEOUT_S,
-            "max_pool_connections": settings.max_concurrency,
-        },
-        # Another process may write the folder between two runs of this one.
-        use_listings_cache=False,
-        skip_instance_cache=True,
-    )
-
-
-@contextmanager
-def _explained(uri: str, settings: S3Settings) -> Iterator[None]:
-    """Turn what the S3 libraries raise into one message with a remedy."""
-    from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError
-
-    where = settings.endpoint_url or f"AWS, region {settings.region}"
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise StorageError(f"{uri} does not exist", remedy="check bucket and key") from error
-    except (NoCredentialsError, PartialCredentialsError) as error:
-        raise StorageError(
-            f"{uri} cannot be read: there are no credentials for {where}",
-            remedy="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or s3.access_key_id and "
-            "s3.secret_access_key",
-        ) from error
-    except PermissionError as error:
-        raise StorageError(
-            f"{uri} cannot be read: {where} refuses access ({error})",
-            remedy="check the access key, its secret, and what it may read",
-        ) from error
-    except (BotoCoreError, OSError, TimeoutError) as error:
-        raise StorageError(
-            f"{uri} cannot be read from {where}: {error}",
-            remedy="check s3.endpoint_url and the network, then try again",
-        ) from error
