@@ -71,7 +71,7 @@ class BatchPlan:
         lengths: tokens of each feature.
         batch_size: rows of a micro-batch; not used where `max_tokens_per_batch` is set.
         max_length: tokens a packed row holds.
-        seed: of the order of features.
+        seed: of the order of features; several numbers where the seed alone does not tell the plans apart.
         shuffle: False keeps the order of the features (packing still groups them).
         pack: several features share a row.
         max_tokens_per_batch: rows are added while rows x padded length stays within this many tokens.
@@ -88,7 +88,7 @@ class BatchPlan:
         *,
         batch_size: int,
         max_length: int,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         shuffle: bool = True,
         pack: bool = True,
         max_tokens_per_batch: int | None = None,
@@ -107,7 +107,7 @@ class BatchPlan:
         self._lengths = list(lengths)
         self._batch_size = batch_size
         self._max_length = max_length
-        self._seed = seed
+        self._seed = [seed] if isinstance(seed, int) else list(seed)
         self._shuffle = shuffle
         self._pack = pack
         self._max_tokens = max_tokens_per_batch
@@ -162,7 +162,7 @@ class BatchPlan:
 
     def _rows(self, epoch: int) -> list[list[int]]:
         indices = np.arange(len(self._lengths))
-        generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
+        generator = np.random.Generator(np.random.PCG64([*self._seed, epoch]))
         if self._shuffle:
             generator.shuffle(indices)
         order: list[int] = indices.tolist()

@@ -11,7 +11,8 @@ import json
 import logging
 import posixpath
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, BinaryIO, Literal
 
 import fsspec
@@ -43,12 +44,22 @@ class Row:
         line: line of a text file, number of the row in a Parquet file; from 1.
         fields: the row's values without those that are null.
         problem: why there are no fields, None when all is well.
+        end: bytes of the file up to the end of this row; None where rows cannot be found by bytes (compressed
+            files, JSON lists, Parquet).
+        element: place of the row in a JSON list, where several rows may share a line; from 1.
     """
 
     file: str
     line: int
     fields: dict[str, Any]
     problem: str | None = None
+    end: int | None = None
+    element: int | None = None
+
+    @property
+    def number(self) -> int:
+        """What tells the row from the others of its file: its element in a JSON list, else its line."""
+        return self.line if self.element is None else self.element
 
     @property
     def row_id(self) -> str:
@@ -138,18 +149,25 @@ def _list_data_files(source: str) -> list[DataFile]:
     return found
 
 
-def read_rows(file: DataFile) -> Iterator[Row]:
+def read_rows(file: DataFile, *, after: int = 0, end: int | None = None) -> Iterator[Row]:
     """Rows of one file in order; blank lines are passed over.
 
     A row that is not valid JSON, or not an object, comes as a `Row` with a `problem`.
 
+    Args:
+        file: what to read.
+        after: the `number` of the row to go on after; 0 starts with the first. Rows before it are passed over
+            unread where the file says where they end, else undecoded where it has lines.
+        end: the `end` of that row.
+
     Raises:
         DataError: the file ends in the middle, is damaged, or a JSON list breaks off; nothing can follow.
     """
-    last_line = 0
+    last_line = after
     try:
         with file.filesystem.open(file.path, "rb") as raw:
-            for row in _rows_of(raw, file.name):
+            rows = _rows_of(raw, file.name, after) if end is None else _rows_from(raw, file.name, after, end)
+            for row in rows:
                 last_line = row.line
                 yield row
     except (OSError, pa.ArrowException) as error:
@@ -166,19 +184,38 @@ def _is_data_file(name: str) -> bool:
     return name.lower().endswith(tuple(a + b for a in DATA_SUFFIXES for b in COMPRESSION_SUFFIXES))
 
 
-def _rows_of(raw: Any, name: str) -> Iterator[Row]:
+def _rows_of(raw: Any, name: str, after: int) -> Iterator[Row]:
+    """Rows of a file that is read from its start, those after number `after`."""
     stream = _decompressed(raw)
     head = stream.peek(4096)
     if head.startswith(_PARQUET_MAGIC):
         # Parquet is read by position, which a compressed stream does not have.
-        yield from _parquet_rows(raw if stream.seekable() else io.BytesIO(stream.read()), name)
+        yield from _parquet_rows(raw if stream.seekable() else io.BytesIO(stream.read()), name, after)
     elif head.removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"["):
-        yield from _json_list_rows(stream.read(), name)
+        yield from islice(_json_list_rows(stream.read(), name), after, None)
     else:
-        for number, line in enumerate(stream, start=1):
-            content = (line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line).strip()
-            if content:
-                yield _json_row(content, name, number)
+        # Only where bytes of the stream are bytes of the file can a row be found by them again.
+        yield from _text_rows(stream, name, after, line=0, at=0 if stream.seekable() else None)
+
+
+def _rows_from(raw: Any, name: str, after: int, end: int) -> Iterator[Row]:
+    """Rows of a plain text file that begin at byte `end`."""
+    raw.seek(end)
+    yield from _text_rows(io.BufferedReader(raw, buffer_size=1 << 20), name, after, line=after, at=end)
+
+
+def _text_rows(
+    stream: io.BufferedReader, name: str, after: int, *, line: int, at: int | None
+) -> Iterator[Row]:
+    """Rows of JSON lines; the stream stands after line `line` and, where that is known, at byte `at`."""
+    for number, content in enumerate(stream, start=line + 1):
+        if at is not None:
+            at += len(content)
+        if number <= after:
+            continue
+        stripped = (content.removeprefix(_BYTE_ORDER_MARK) if number == 1 else content).strip()
+        if stripped:
+            yield replace(_json_row(stripped, name, number), end=at)
 
 
 def _decompressed(raw: Any) -> io.BufferedReader:
@@ -212,7 +249,7 @@ def _row(value: Any, name: str, line: int) -> Row:
 def _json_list_rows(content: bytes, name: str) -> Iterator[Row]:
     """Elements of a JSON list, each with the line it starts on."""
     decoder = json.JSONDecoder()
-    at, line, counted = 0, 1, 0
+    at, line, counted, element = 0, 1, 0, 0
     try:
         text = content.decode("utf-8-sig")
         at = _skip_spaces(text, text.index("[") + 1)
@@ -221,7 +258,8 @@ def _json_list_rows(content: bytes, name: str) -> Iterator[Row]:
             line += text.count("\n", counted, at)
             counted = at
             value, at = decoder.raw_decode(text, at)
-            yield _row(value, name, line)
+            element += 1
+            yield replace(_row(value, name, line), element=element)
             at = _skip_spaces(text, at)
             has_more = text[at : at + 1] == ","
             if has_more:
@@ -242,10 +280,16 @@ def _skip_spaces(text: str, at: int) -> int:
     return at
 
 
-def _parquet_rows(stream: BinaryIO, name: str) -> Iterator[Row]:
+def _parquet_rows(stream: BinaryIO, name: str, after: int) -> Iterator[Row]:
     number = 0
     with parquet.ParquetFile(pa.PythonFile(stream, mode="r")) as file:
-        for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
-            for value in batch.to_pylist():
-                number += 1
-                yield _row(value, name, number)
+        for group in range(file.num_row_groups):
+            num_rows = file.metadata.row_group(group).num_rows
+            if number + num_rows <= after:
+                number += num_rows
+                continue
+            for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, row_groups=[group]):
+                num_skipped = min(max(0, after - number), batch.num_rows)
+                for at, value in enumerate(batch.slice(num_skipped).to_pylist(), number + num_skipped + 1):
+                    yield _row(value, name, at)
+                number += batch.num_rows

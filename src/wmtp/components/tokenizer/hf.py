@@ -66,6 +66,22 @@ class TokenizerContext:
     examples: Sequence[Example]
 
 
+@dataclass(frozen=True, slots=True)
+class TokenizedCount:
+    """How many examples were tokenised, cut to length, and dropped because no target was left."""
+
+    num_examples: int = 0
+    num_cut: int = 0
+    num_dropped: int = 0
+
+    def __add__(self, other: TokenizedCount) -> TokenizedCount:
+        return TokenizedCount(
+            self.num_examples + other.num_examples,
+            self.num_cut + other.num_cut,
+            self.num_dropped + other.num_dropped,
+        )
+
+
 @tokenizer_registry.register("hf", version="1.0.0", description="any Hugging Face tokenizer")
 class HfTokenizer(Component[TokenizerContext, list[Feature]]):
     """Turns examples into features with a Hugging Face tokenizer.
@@ -183,41 +199,60 @@ class HfTokenizer(Component[TokenizerContext, list[Feature]]):
         Raises:
             DataError: weights that do not fit the tokens, a chat that cannot be rendered, or nothing left.
         """
+        features: list[Feature] = []
+        count = TokenizedCount()
+        for chunk in _chunks(dataset):
+            kept, counted = self.tokenize_chunk(chunk)
+            features += kept
+            count += counted
+        self.report(count)
+        return features
+
+    def tokenize_chunk(self, examples: Sequence[Example]) -> tuple[list[Feature], TokenizedCount]:
+        """Tokenise a part of a dataset as `tokenize_dataset` does, and count what was cut and dropped.
+
+        Each example is tokenised by itself, so that it does not matter which ones share a call. `report` says
+        what was counted once the whole dataset has been seen.
+        """
+        features: list[Feature] = []
+        num_cut = 0
+        for feature in self._features(examples):
+            is_cut = len(feature["input_ids"]) > self.settings.max_length
+            num_cut += is_cut
+            if is_cut:
+                feature = _cut(feature, self.settings.max_length)
+            # Nothing predicts a document's first token.
+            if any(label != IGNORE_INDEX for label in feature["labels"][1:]):
+                features.append(feature)
+        return features, TokenizedCount(len(examples), num_cut, len(examples) - len(features))
+
+    def report(self, count: TokenizedCount) -> None:
+        """Warn of examples that were cut or dropped, and of a model that will not learn to stop.
+
+        Raises:
+            DataError: nothing is left.
+        """
         if self._encoder.eos_token_id is None:
             logger.warning(
                 "tokenizer %r has no end-of-sequence token, so the model does not learn to stop; "
                 "set eos_token in its tokenizer_config.json",
                 self.tokenizer.name_or_path,
             )
-        features: list[Feature] = []
-        num_examples = num_cut = 0
-        for chunk in _chunks(dataset):
-            for feature in self._features(chunk):
-                num_examples += 1
-                is_cut = len(feature["input_ids"]) > self.settings.max_length
-                num_cut += is_cut
-                if is_cut:
-                    feature = _cut(feature, self.settings.max_length)
-                # Nothing predicts a document's first token.
-                if any(label != IGNORE_INDEX for label in feature["labels"][1:]):
-                    features.append(feature)
-        num_dropped = num_examples - len(features)
-        if num_cut or num_dropped:
+        if count.num_cut or count.num_dropped:
             logger.warning(
                 "%d of %d examples are longer than %d tokens and were cut; %d have no target left and were "
                 "dropped; raise data.train.max_length to keep them whole",
-                num_cut,
-                num_examples,
+                count.num_cut,
+                count.num_examples,
                 self.settings.max_length,
-                num_dropped,
+                count.num_dropped,
             )
-        if not features:
+        if count.num_examples == count.num_dropped:
             raise DataError(
-                f"none of {num_examples} examples has a token to learn in its first "
+                f"none of {count.num_examples} examples has a token to learn in its first "
                 f"{self.settings.max_length} tokens",
                 remedy="raise data.train.max_length, or check that prompts are not longer than it",
             )
-        return features
 
     def _features(self, examples: Sequence[Example]) -> list[Feature]:
         """Features of some examples, not yet cut to length."""
