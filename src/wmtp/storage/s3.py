@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, cast
 from wmtp.exceptions import StorageDeniedError, StorageError, StorageMissingError
 from wmtp.settings.config import Config, S3Settings
 from wmtp.storage.s3_client import S3Client
+from wmtp.storage.s3_sequential import SequentialStream
 from wmtp.storage.s3_streams import RangedStream, S3Object, split_uri
 from wmtp.storage.s3_upload import UploadStream, etag_of, put_object
 
@@ -57,6 +58,21 @@ class S3Manager:
         return cast(
             BinaryIO, io.BufferedReader(RangedStream(self._client, self._require(key)), _BUFFER_BYTES)
         )
+
+    def open_sequential(self, key: str, *, sha256: str | None = None) -> BinaryIO:
+        """Open an object as a stream that is read front to back, with parts fetched ahead.
+
+        Beside what the caller reads into, `s3.max_concurrency` parts of `s3.part_size_mib` are held.
+        `readinto` fills its buffer wherever the object is long enough.
+
+        Args:
+            key: a key of `s3.bucket`, or `s3://bucket/key`.
+            sha256: of the object, in hex; the read that reaches its end raises where it differs.
+
+        Raises:
+            StorageMissingError: there is no such object.
+        """
+        return cast(BinaryIO, SequentialStream(self._client, self._require(key), sha256))
 
     def read_bytes(self, key: str) -> tuple[bytes, str]:
         """Read an object whole; returns its content and its ETag. A digest that the server keeps is compared.
