@@ -7,7 +7,6 @@ import math
 import shutil
 import sqlite3
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from wmtp.exceptions import UserInputError
 from wmtp.settings import Config
 from wmtp.tracking import (
     CompositeTracker,
-    MetricsFile,
     TrackingWarning,
     create_mlflow_manager,
     create_tracker,
@@ -160,114 +158,15 @@ def test_usage_reporting_is_off() -> None:
     assert logging.getLogger("mlflow.store.db.utils").level >= logging.WARNING
 
 
-class _Recorder:
-    """A remote tracker that fails while `is_down`."""
-
-    run_id = "r1"
-
-    def __init__(self) -> None:
-        self.is_down = False
-        self.calls: list[tuple[str, object]] = []
-
-    def _take(self, name: str, value: object) -> None:
-        if self.is_down:
-            raise ConnectionError("server is gone\nlong trace")
-        self.calls.append((name, value))
-
-    def log_params(self, params: object) -> None:
-        self._take("params", params)
-
-    def log_metrics(self, metrics: object, step: int) -> None:
-        self._take("metrics", step)
-
-    def log_artifact(self, path: object, folder: str | None = None) -> None:
-        self._take("artifact", path)
-
-    def set_tags(self, tags: object) -> None:
-        self._take("tags", tags)
-
-    def finish(self, status: str = "finished") -> None:
-        self._take("finish", status)
-
-
-def _composite(tmp_path: Path, retry_s: float) -> tuple[CompositeTracker, _Recorder]:
-    recorder = _Recorder()
-    return CompositeTracker(MetricsFile(tmp_path / "metrics.jsonl"), recorder, retry_s=retry_s), recorder
-
-
-def test_training_outlives_a_dead_store_with_one_warning_and_nothing_is_lost_locally(tmp_path: Path) -> None:
-    tracker, recorder = _composite(tmp_path, retry_s=1000)
-    tracker.log_metrics({"x": 1.0}, 1)
-    recorder.is_down = True
-    with pytest.warns(TrackingWarning, match=r"server is gone\).*metrics\.jsonl"):
-        tracker.log_metrics({"x": 1.0}, 2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", TrackingWarning)
-        for step in range(3, 50):
-            tracker.log_metrics({"x": 1.0}, step)
-    with pytest.warns(TrackingWarning, match="49 entries did not reach"):
-        tracker.finish("failed")
-    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 50))
-    assert recorder.calls == [("metrics", 1)]
-
-
-def test_of_many_failures_only_the_first_is_told(tmp_path: Path) -> None:
-    tracker, recorder = _composite(tmp_path, retry_s=0)
-    recorder.is_down = True
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for step in range(20):
-            tracker.log_metrics({"x": 1.0}, step)
-        recorder.is_down = False
-        tracker.finish()
-    messages = [str(warning.message) for warning in caught]
-    assert len(messages) == 2
-    assert messages[0].startswith("Tracking failed")
-    assert "4 entries did not reach" in messages[1], "each of the oldest was tried five times"
-
-
-def test_what_was_missed_is_delivered_in_order_when_the_store_is_back(tmp_path: Path) -> None:
-    tracker, recorder = _composite(tmp_path, retry_s=1000)
-    recorder.is_down = True
-    with pytest.warns(TrackingWarning):
-        tracker.log_params({"a": 1})
-    tracker.log_metrics({"x": 1.0}, 1)
-    recorder.is_down = False
-    tracker.log_metrics({"x": 1.0}, 2)
-    assert recorder.calls == [], "not tried again before its time"
-    tracker.finish()
-    expected = [("params", {"a": 1}), ("metrics", 1), ("metrics", 2), ("finish", "finished")]
-    assert recorder.calls == expected
-    tracker.finish()
-    assert recorder.calls == expected
-
-
-def test_one_bad_entry_does_not_block_the_rest(tmp_path: Path) -> None:
-    tracker, recorder = _composite(tmp_path, retry_s=0)
-    take: Callable[[str, object], None] = recorder._take
-
-    def refuse_tags(name: str, value: object) -> None:
-        if name == "tags":
-            raise ValueError("bad tag")
-        take(name, value)
-
-    recorder._take = refuse_tags  # type: ignore[method-assign]
-    with pytest.warns(TrackingWarning, match="bad tag"):
-        tracker.set_tags({"a": "b"})
-    for step in range(6):
-        tracker.log_metrics({"x": 1.0}, step)
-    with pytest.warns(TrackingWarning, match="1 entries"):
-        tracker.finish()
-    assert recorder.calls == [*(("metrics", step) for step in range(6)), ("finish", "finished")]
-
-
 def test_a_real_store_that_breaks_in_mid_run_does_not_stop_training(store: Path, tmp_path: Path) -> None:
     tracker = create_tracker(tmp_path / "run", experiment="e", tracking_uri=str(store))
     tracker.log_metrics({"x": 1.0}, 1)
+    assert tracker.flush()
     with sqlite3.connect(store / "mlflow.db") as connection:
         connection.execute("DROP TABLE metrics")
-    with pytest.warns(TrackingWarning):
-        tracker.log_metrics({"x": 2.0}, 2)
+    tracker.log_metrics({"x": 2.0}, 2)
+    with pytest.warns(TrackingWarning, match="Tracking failed"):
+        tracker.flush()
     with pytest.warns(TrackingWarning, match="did not reach"):
         tracker.finish()
     assert [row["step"] for row in read_metrics(tmp_path / "run/metrics.jsonl")] == [1, 2]

@@ -7,9 +7,11 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+from wmtp.tracking.checkpoint_records import CheckpointRecord
 
 RunStatus = Literal["finished", "failed", "interrupted"]
 
@@ -37,11 +39,60 @@ class Tracker(Protocol):
     def log_artifact(self, path: str | os.PathLike[str], folder: str | None = None) -> None:
         """Record a file, or a folder with all it holds, under `folder` of the run's artifacts."""
 
+    def log_model(self, name: str, path: str | os.PathLike[str], folder: str) -> None:
+        """Record the files of a folder under `folder` of the artifacts and register them as the next version
+        of the model `name`.
+        """
+
+    def log_checkpoint(
+        self, step: int, *, uri: str, metrics: Mapping[str, float], manifest_sha256: str
+    ) -> None:
+        """Record a committed checkpoint as `checkpoints/step_{step}`.
+
+        Args:
+            step: finished updates.
+            uri: where it is: an absolute path or `s3://...`.
+            metrics: the last ones.
+            manifest_sha256: of its manifest file, in hex.
+        """
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Record or replace tags."""
 
     def finish(self, status: RunStatus = "finished") -> None:
         """Close the run; further calls change nothing."""
+
+
+class RemoteTracker(Protocol):
+    """What a `CompositeTracker` hands on; each call may raise, and may be repeated after it has."""
+
+    @property
+    def run_id(self) -> str | None:
+        """The id under which the run can be found and resumed."""
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """See `Tracker`."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int, *, time_ms: int | None = None) -> None:
+        """See `Tracker`; `time_ms` is Unix time in milliseconds."""
+
+    def restore_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Record what the run lacks of these rows of a metrics file."""
+
+    def log_artifact(self, path: str | os.PathLike[str], folder: str | None = None) -> None:
+        """See `Tracker`."""
+
+    def log_model(self, name: str, path: str | os.PathLike[str], folder: str) -> None:
+        """See `Tracker`."""
+
+    def log_checkpoint(self, record: CheckpointRecord) -> None:
+        """Record a committed checkpoint."""
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """See `Tracker`."""
+
+    def finish(self, status: RunStatus = "finished") -> None:
+        """See `Tracker`."""
 
 
 def experiment_name(algo: str, sources: Iterable[str]) -> str:

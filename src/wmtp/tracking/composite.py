@@ -6,48 +6,45 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-from wmtp.tracking.base import RunStatus, Tracker, TrackingWarning
-from wmtp.tracking.metrics_file import METRICS_FILE_NAME, MetricsFile
-
-if TYPE_CHECKING:
-    from wmtp.settings import Config
-    from wmtp.tracking.mlflow_tracker import MLflowManager
+from wmtp.tracking.base import RemoteTracker, RunStatus, TrackingWarning
+from wmtp.tracking.checkpoint_records import CheckpointRecord
+from wmtp.tracking.delivery import Delivery
+from wmtp.tracking.metrics_file import MetricsFile, read_metrics
 
 _RETRY_S = 60.0
-_MAX_ATTEMPTS = 5
-
-
-@dataclass(slots=True)
-class _Entry:
-    send: Callable[[], None]
-    num_attempts: int = 0
+# Longer than the retries of one call to a server that hangs, so that only a call without an end of its own
+# is given up.
+_PATIENCE_S = 120.0
 
 
 class CompositeTracker:
     """Writes metrics to a local file, then hands everything to another tracker, whose failures it survives.
 
-    After a failure the entries are kept and tried again, at most once a minute and once more at the end, in
-    order. An entry that fails five times is dropped, so that one bad entry cannot block the rest.
+    The other tracker is called from a thread of its own, in order, so that training does not wait for it.
+    After a failure the entries are kept and tried again, at most once a minute and once more at the end.
 
     Args:
         metrics_file: the local file.
         remote: e.g. MLflow.
         retry_s: seconds between attempts after a failure.
+        patience_s: at the end, seconds to wait for a call that does not return.
     """
 
-    def __init__(self, metrics_file: MetricsFile, remote: Tracker, *, retry_s: float = _RETRY_S) -> None:
+    def __init__(
+        self,
+        metrics_file: MetricsFile,
+        remote: RemoteTracker,
+        *,
+        retry_s: float = _RETRY_S,
+        patience_s: float = _PATIENCE_S,
+    ) -> None:
         self._metrics_file = metrics_file
         self._remote = remote
-        self._retry_s = retry_s
-        self._waiting: deque[_Entry] = deque()
-        self._next_attempt = 0.0
-        self._num_dropped = 0
+        self._patience_s = patience_s
+        self._delivery = Delivery(retry_s=retry_s)
         self._has_warned = False
         self._is_finished = False
 
@@ -58,31 +55,61 @@ class CompositeTracker:
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record settings; nested mappings become dotted names."""
-        self._deliver(lambda: self._remote.log_params(params))
+        self._warn_once()
+        self._delivery.put(lambda: self._remote.log_params(params))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Record the metrics of one optimizer step, in the local file first."""
+        self._warn_once()
         values = {name: float(value) for name, value in metrics.items()}
-        self._metrics_file.log_metrics(values, step)
-        self._deliver(lambda: self._remote.log_metrics(values, step))
+        # Told once for both: an entry that is sent twice is then the same entry.
+        time_ms = int(time.time() * 1000)
+        self._metrics_file.log_metrics(values, step, time_ms=time_ms)
+        self._delivery.put(lambda: self._remote.log_metrics(values, step, time_ms=time_ms))
 
     def log_artifact(self, path: str | os.PathLike[str], folder: str | None = None) -> None:
         """Record a file or folder; it must stay in place until the run is finished."""
-        self._deliver(lambda: self._remote.log_artifact(path, folder))
+        self._delivery.put(lambda: self._remote.log_artifact(path, folder))
+
+    def log_model(self, name: str, path: str | os.PathLike[str], folder: str) -> None:
+        """Record a folder and register it as the model `name`; it must stay in place until the run is
+        finished.
+        """
+        self._delivery.put(lambda: self._remote.log_model(name, path, folder))
+
+    def log_checkpoint(
+        self, step: int, *, uri: str, metrics: Mapping[str, float], manifest_sha256: str
+    ) -> None:
+        """Record a committed checkpoint as `checkpoints/step_{step}`."""
+        values = {name: float(value) for name, value in metrics.items()}
+        record = CheckpointRecord(step, uri, values, manifest_sha256)
+        self._delivery.put(lambda: self._remote.log_checkpoint(record))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Record or replace tags."""
-        self._deliver(lambda: self._remote.set_tags(tags))
+        self._delivery.put(lambda: self._remote.set_tags(tags))
+
+    def restore_metrics(self, up_to_step: int) -> None:
+        """Send again what the remote run lacks of the local file's steps up to `up_to_step`."""
+        rows = [row for row in read_metrics(self._metrics_file.path) if row["step"] <= up_to_step]
+        if rows:
+            self._delivery.put(lambda: self._remote.restore_metrics(rows))
+
+    def flush(self, timeout_s: float = _PATIENCE_S) -> bool:
+        """Wait until everything so far was sent or sending failed; whether nothing is left to send."""
+        is_sent = self._delivery.flush(timeout_s)
+        self._warn_once()
+        return is_sent
 
     def finish(self, status: RunStatus = "finished") -> None:
-        """Deliver what is waiting, close the run and the file; a second call changes nothing."""
+        """Send what is waiting, close the run and the file; a second call changes nothing."""
         if self._is_finished:
             return
         self._is_finished = True
-        self._next_attempt = 0.0
-        self._deliver(lambda: self._remote.finish(status))
+        self._delivery.put(lambda: self._remote.finish(status))
+        num_lost = self._delivery.close(self._patience_s)
         self._metrics_file.close()
-        num_lost = self._num_dropped + len(self._waiting)
+        self._warn_once()
         if num_lost:
             warnings.warn(
                 f"{num_lost} entries did not reach the tracking store. "
@@ -91,105 +118,16 @@ class CompositeTracker:
                 stacklevel=2,
             )
 
-    def _deliver(self, send: Callable[[], None]) -> None:
-        self._waiting.append(_Entry(send))
-        if time.monotonic() < self._next_attempt:
+    def _warn_once(self) -> None:
+        # From the thread of the caller, so that the warning appears where the user looks for it.
+        error = self._delivery.first_error
+        if error is None or self._has_warned:
             return
-        while self._waiting:
-            entry = self._waiting[0]
-            try:
-                entry.send()
-            # Whatever the other side raises (network, database, a bug of its own), training must go on.
-            except Exception as error:
-                self._on_failure(entry, error)
-                return
-            self._waiting.popleft()
-        self._next_attempt = 0.0
-
-    def _on_failure(self, entry: _Entry, error: Exception) -> None:
-        self._next_attempt = time.monotonic() + self._retry_s
-        entry.num_attempts += 1
-        if entry.num_attempts >= _MAX_ATTEMPTS:
-            self._waiting.popleft()
-            self._num_dropped += 1
-        if not self._has_warned:
-            self._has_warned = True
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            warnings.warn(
-                f"Tracking failed ({reason}); training goes on, tracking is tried again every "
-                f"{self._retry_s:.0f} s. "
-                f"All metrics are in {self._metrics_file.path}.",
-                TrackingWarning,
-                stacklevel=4,
-            )
-
-
-def create_tracker(
-    run_dir: str | os.PathLike[str],
-    *,
-    experiment: str,
-    tracking_uri: str,
-    run_name: str | None = None,
-    run_id: str | None = None,
-    resume_step: int | None = None,
-    registry_uri: str | None = None,
-    artifact_location: str | None = None,
-    tags: Mapping[str, str] | None = None,
-) -> CompositeTracker:
-    """Build the tracker of a run: `<run_dir>/metrics.jsonl` and an MLflow run.
-
-    Args:
-        run_dir: folder of the run.
-        experiment: see `experiment_name`.
-        tracking_uri: SQLite address, server address, or a folder (SQLite inside it).
-        run_name: shown by MLflow.
-        run_id: continue this MLflow run.
-        resume_step: optimizer step at which the run goes on; later lines of `metrics.jsonl` are cut off.
-            None: new run.
-        registry_uri: MLflow's model registry; default: the tracking store.
-        artifact_location: see `MLflowManager`.
-        tags: set on the run.
-
-    Raises:
-        UserInputError: the tracking store cannot be used (from the start; later failures are warnings).
-    """
-    # Imported here: MLflow takes a second to import, and commands that do not track should not wait for it.
-    from wmtp.tracking.mlflow_tracker import MLflowManager
-
-    manager = MLflowManager(
-        tracking_uri,
-        experiment=experiment,
-        run_name=run_name,
-        run_id=run_id,
-        registry_uri=registry_uri,
-        artifact_location=artifact_location,
-        tags=tags,
-    )
-    return CompositeTracker(MetricsFile(Path(run_dir) / METRICS_FILE_NAME, resume_step=resume_step), manager)
-
-
-def create_mlflow_manager(
-    config: Config,
-    *,
-    experiment: str = "mtp",
-    run_name: str | None = None,
-    run_id: str | None = None,
-    tags: Mapping[str, str] | None = None,
-) -> MLflowManager:
-    """Build the MLflow tracker that a config describes; without `mlflow.tracking_uri` it is `mlflow/` of the
-    output.
-
-    Raises:
-        UserInputError: the tracking store cannot be used.
-    """
-    from wmtp.tracking.mlflow_tracker import MLflowManager
-
-    return MLflowManager(
-        config.mlflow.tracking_uri or str(Path(config.paths.output) / "mlflow"),
-        experiment=experiment,
-        run_name=run_name,
-        run_id=run_id,
-        registry_uri=config.mlflow.registry_uri,
-        artifact_location=config.mlflow.artifact_location,
-        tags=tags,
-    )
+        self._has_warned = True
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        warnings.warn(
+            f"Tracking failed ({reason}); training goes on, tracking is tried again every "
+            f"{self._delivery.retry_s:.0f} s. All metrics are in {self._metrics_file.path}.",
+            TrackingWarning,
+            stacklevel=3,
+        )

@@ -36,9 +36,13 @@ class MetricsFile:
             mode = "w"
         self._file = open(self.path, mode, encoding="utf-8")  # noqa: SIM115 - closed by close()
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Write one line and hand it to the operating system, so that a killed process loses none."""
-        row: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
+    def log_metrics(self, metrics: Mapping[str, float], step: int, *, time_ms: int | None = None) -> None:
+        """Write one line and hand it to the operating system, so that a killed process loses none.
+
+        `time_ms` is Unix time in milliseconds; default: now.
+        """
+        time_ms = int(time.time() * 1000) if time_ms is None else time_ms
+        row: dict[str, Any] = {"step": step, "time": time_ms / 1000}
         nonfinite = {}
         for name, value in metrics.items():
             number = float(value)
