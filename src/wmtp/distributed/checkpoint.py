@@ -1,263 +1,299 @@
 """Training checkpoints: step folders that are whole or absent, verified before use.
 
-Layout of a run folder:
+Layout of a run:
 
-    <run>/step-200/model.safetensors       one safetensors file a tensor group
+    <run>/step-200/model.safetensors       a safetensors file a tensor group, or one a group and rank
                    optimizer.safetensors
                    rng.safetensors
+                   index.json              which tensor, or part of one, is in which file
                    state.json              counters, schedule, data position, ... (JSON only)
                    manifest.json           sizes and SHA-256 of the files above; written last
     <run>/step-300.tmp-<id>                an unfinished save; never read, removed by the next save
     <run>/step-200.replaced-<id>           an older state of the same step, only while it is being replaced
+    <run>/latest                           name of the step that was saved last, for people and scripts
 
-There is no pickle on any path: JSON and safetensors only.
+In an object store, where nothing can be renamed, the files lie below `step-200/<id>/` and the manifest alone
+makes them a checkpoint. There is no pickle on any path: JSON and safetensors only.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import re
-import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+import uuid
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_saver import save
 
-from wmtp.distributed.checkpoint_tensors import TensorGroup, read_group, write_group
-from wmtp.distributed.publishing import (
-    STAGING_PATTERN,
-    discard_directory,
-    publish_directory,
-    read_manifest,
-    verify_manifest,
+from wmtp.distributed.checkpoint_files import FileEntries, SafetensorsWriter, create_hashed
+from wmtp.distributed.checkpoint_reading import (
+    FORMAT,
+    INDEX_NAME,
+    STATE_NAME,
+    Checkpoint,
+    CheckpointInfo,
+    checkpoint_info,
+    run_planners,
 )
-from wmtp.exceptions import CheckpointError
+from wmtp.distributed.checkpoint_store import StepDraft, StepFolder, StepStore
+from wmtp.distributed.checkpoint_tensors import split_aliases
+from wmtp.distributed.publishing import manifest_bytes, parse_manifest
+from wmtp.exceptions import CheckpointError, StorageError
 
-FORMAT = "wmtp-checkpoint"
-STATE_NAME = "state.json"
-_LOCK_NAME = ".checkpoint.lock"
-_STEP_NAME = re.compile(r"^step-(?P<step>\d+)$")
-_GROUP_NAME = re.compile(r"^[A-Za-z0-9_]+$")
+_GROUP_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
+_COPY_BYTES = 16 * 2**20
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointInfo:
-    """A committed checkpoint; `sequence` counts the saves of a run folder, so the highest was saved last."""
+class Retention:
+    """Which checkpoints stay.
 
-    path: Path
-    step: int
-    sequence: int
+    Attributes:
+        keep_last: how many of those saved last (at least 1); None keeps all.
+        keep_best: how many with the best score, beside those.
+        best_mode: whether a low or a high score is good.
+        permanent_every_steps: steps divisible by this stay for ever.
+    """
+
+    keep_last: int | None = None
+    keep_best: int = 0
+    best_mode: Literal["min", "max"] = "min"
+    permanent_every_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.keep_last is not None and self.keep_last < 1:
+            raise ValueError(f"keep_last must be at least 1 or None, not {self.keep_last}")
 
 
 def save_checkpoint(
-    run_dir: str | os.PathLike[str],
+    store: StepStore,
     step: int,
     *,
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
-    keep_last: int | None = None,
-) -> Path:
-    """Save to `<run_dir>/step-<step>`, atomically, then delete checkpoints beyond the newest `keep_last`.
+    retention: Retention = Retention(),
+    score: float | None = None,
+    sequence_after: int = 0,
+    process_group: dist.ProcessGroup | None = None,
+) -> CheckpointInfo:
+    """Save to `step-<step>` of a run, atomically, then delete checkpoints that `retention` does not keep.
+
+    Where torch.distributed runs, every rank calls this with its part: tensors that all have (DDP) are written
+    once, sharded ones (DTensor) by their owners.
 
     Args:
-        run_dir: the run's folder of checkpoints; created where absent.
+        store: the run's step folders.
         step: optimizer steps done.
         tensors: groups of named tensors, e.g. `{"model": model.state_dict(), "rng": capture_rng_state()}`;
-            any dtype and device; tensors that share memory stay tied. A group's name becomes a file name.
+            any dtype and device; names for one tensor stay tied. A group's name becomes a file name.
         state: JSON values with string keys: dict, list, str, int, float, bool, None (floats come back
-            exactly). A tuple or another type is an error, since it would come back as something else.
-        keep_last: how many committed checkpoints stay (at least 1); None keeps all. The new one always stays;
-            only folders written by this function are ever deleted, and only after the new one is on disk.
+            exactly). A tuple or another type is an error, since it would come back as something else. Rank
+            0's is kept.
+        retention: which others stay. Only folders written by this function are ever deleted, and only after
+            the new one is on disk.
+        score: the metric `retention.keep_best` judges by.
+        sequence_after: count this save after the one of that number, which may lie in another store.
+        process_group: ranks that save together, of a backend for the CPU; None is the default group.
 
     Returns:
-        The committed folder. A checkpoint of the same step is replaced.
+        The committed checkpoint. One of the same step is replaced.
 
     Raises:
-        CheckpointError: the disk is full or read-only, or another process is saving into `run_dir`.
+        CheckpointError: the disk is full or read-only, or another process is saving into the run.
+        StorageError: an object store does not take it.
     """
-    if keep_last is not None and keep_last < 1:
-        raise ValueError(f"keep_last must be at least 1 or None, not {keep_last}")
     for name in tensors:
-        if _GROUP_NAME.match(name) is None:
+        if not name or not _GROUP_CHARACTERS.issuperset(name):
             raise ValueError(f"tensor group {name!r} cannot be a file name; use letters, digits and _")
     _check_json(state, "state")
-    run_dir = Path(run_dir)
-    final = run_dir / f"step-{step}"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with _only_writer(run_dir):
-            sequence = 1 + max((info.sequence for info in list_checkpoints(run_dir)), default=0)
-            extra = {"format": FORMAT, "step": step, "sequence": sequence}
-            with publish_directory(final, extra=extra, replace=True) as staging:
-                aliases = {
-                    name: write_group(staging / f"{name}.safetensors", group)
-                    for name, group in tensors.items()
-                }
-                document = {"state": state, "aliases": aliases}
-                (staging / STATE_NAME).write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
-            _remove_leftovers(run_dir)
-            if keep_last is not None:
-                _prune(run_dir, keep_last)
-    except OSError as error:
+    flat, aliases = split_aliases(tensors)
+    is_coordinator = _rank(process_group) == 0
+    draft_id = _agree(uuid.uuid4().hex, process_group)
+    writer = SafetensorsWriter(lambda: store.draft(f"step-{step}", draft_id))
+    info: CheckpointInfo | None = None
+    failure: BaseException | None = None
+    with store.only_writer() if is_coordinator else nullcontext():
+        try:
+            run_planners(lambda: save(flat, storage_writer=writer, process_group=process_group))
+            if is_coordinator:
+                assert writer.draft is not None
+                info = _commit(store, step, writer, aliases, state, retention, score, sequence_after)
+        # Whatever it is, the other ranks wait to hear of it, and the draft goes.
+        except BaseException as error:
+            failure = error
+            if is_coordinator and writer.draft is not None:
+                writer.draft.abandon()
+        if failure is None and info is not None:
+            _tidy(store, info, retention)
+    info, first_failure = _agree((info, failure), process_group)
+    failure = failure or first_failure
+    if isinstance(failure, OSError):
         raise CheckpointError(
-            f"The checkpoint {final} could not be saved: {error}",
+            f"The checkpoint {store.uri(f'step-{step}')} could not be saved: {failure}",
             remedy="Check free space and permissions there; earlier checkpoints are untouched.",
-        ) from error
-    return final
+        ) from failure
+    if failure is not None:
+        raise failure
+    assert info is not None
+    return info
 
 
-def load_checkpoint(
-    path: str | os.PathLike[str], *, groups: Collection[str] | None = None
-) -> tuple[dict[str, TensorGroup], dict[str, Any]]:
-    """Verify a checkpoint folder against its manifest, then read it.
-
-    Args:
-        path: the folder.
-        groups: tensor groups to read; None reads all. All are verified.
-
-    Returns:
-        `(tensors, state)` as given to `save_checkpoint`, tensors on the CPU.
+def copy_checkpoint(checkpoint: Checkpoint, store: StepStore) -> CheckpointInfo:
+    """Copy a checkpoint to another store of the same run, with its place in the order of saves.
 
     Raises:
-        CheckpointError: it is missing, unfinished or damaged; the message names each file that is.
+        CheckpointError: a file of it is damaged; nothing appears in `store` then.
+        StorageError: a store cannot be reached.
     """
-    path = Path(path)
-    problem = _problem(path)
-    if problem is not None:
-        raise CheckpointError(
-            f"{path} is not a valid checkpoint: {problem}",
-            remedy="Resume from another step folder of the run, or start without --resume.",
-        )
-    document = json.loads((path / STATE_NAME).read_text(encoding="utf-8"))
-    aliases: dict[str, dict[str, str]] = document["aliases"]
-    tensors = {
-        name: read_group(path / f"{name}.safetensors", aliases[name])
-        for name in aliases
-        if groups is None or name in groups
-    }
-    return tensors, document["state"]
+    info = checkpoint.info
+    with store.only_writer():
+        draft = store.draft(f"step-{info.step}", uuid.uuid4().hex)
+        try:
+            files: FileEntries = {}
+            for name, expected in checkpoint.files.items():
+                with checkpoint.open(name) as source, create_hashed(draft, name) as target:
+                    buffer = memoryview(bytearray(_COPY_BYTES))
+                    while count := source.readinto(buffer):
+                        target.write(buffer[:count])
+                if target.entry() != dict(expected):
+                    raise CheckpointError(f"{info.uri}: {name} differs from its manifest and was not copied")
+                files[draft.prefix + name] = target.entry()
+            raw = _manifest(files, draft.prefix, info.step, info.sequence, info.score, info.is_permanent)
+            draft.commit(raw)
+        except BaseException:
+            draft.abandon()
+            raise
+        store.point_latest(f"step-{info.step}")
+    return checkpoint_info(store, f"step-{info.step}", raw, parse_manifest(raw))
 
 
-def list_checkpoints(run_dir: str | os.PathLike[str]) -> list[CheckpointInfo]:
-    """Committed checkpoints of a run folder, oldest save first, by their manifests alone (not verified)."""
-    infos = []
-    for path in _step_folders(Path(run_dir)):
-        info = _info(path)
-        if info is not None:
-            infos.append(info)
-    return sorted(infos, key=lambda info: info.sequence)
+def list_checkpoints(store: StepStore) -> list[CheckpointInfo]:
+    """Committed checkpoints of a run, oldest save first, by their manifests alone (not verified)."""
+    found = (_try_info(store, folder) for folder in store.folders())
+    return sorted((info for info in found if isinstance(info, CheckpointInfo)), key=lambda i: i.sequence)
 
 
-def find_latest_valid(run_dir: str | os.PathLike[str]) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """Find the checkpoint that was saved last and is whole.
+def find_latest_valid(store: StepStore) -> tuple[Checkpoint | None, list[tuple[str, str]]]:
+    """Find the checkpoint that was saved last and is whole; every file of it has been read and compared.
 
     Returns:
-        `(path, skipped)`: path is None when there is none; skipped lists newer folders that cannot be used,
-        with reasons.
+        `(checkpoint, skipped)`: None when there is none; skipped lists newer folders that cannot be used, by
+        name, with reasons.
     """
-    run_dir = Path(run_dir)
-    skipped = [
-        (path, "left by a save that did not finish")
-        for path in _folders(run_dir)
-        if _leftover_kind(path) == "tmp"
-    ]
-    # A folder whose manifest cannot be read has no sequence number: its step decides what it would have come
-    # before.
-    candidates = [(_info(path), path) for path in _step_folders(run_dir)]
-    unreadable = [(path, _problem(path) or "") for info, path in candidates if info is None]
-    readable = sorted((info for info, _ in candidates if info is not None), key=lambda info: -info.sequence)
-    for info in readable:
-        problem = _problem(info.path)
-        if problem is None:
-            newer = [(path, reason) for path, reason in unreadable if _step_of(path) > info.step]
-            return info.path, skipped + newer
-        skipped.append((info.path, problem))
-    return None, skipped + unreadable
+    skipped: list[tuple[str, str]] = []
+    infos: list[CheckpointInfo] = []
+    unreadable: list[tuple[StepFolder, str]] = []
+    for folder in sorted(store.folders(), key=lambda folder: folder.name):
+        found = _try_info(store, folder)
+        if folder.kind == "unfinished":
+            skipped.append((folder.name, "left by a save that did not finish"))
+        elif isinstance(found, str):
+            unreadable.append((folder, found))
+        else:
+            infos.append(found)
+    for info in sorted(infos, key=lambda info: -info.sequence):
+        checkpoint = Checkpoint(store, info.name)
+        problems = checkpoint.problems()
+        if not problems:
+            # A folder whose manifest cannot be read has no sequence number: its step decides what it would
+            # have come before.
+            newer = [(folder.name, reason) for folder, reason in unreadable if folder.step > info.step]
+            return checkpoint, skipped + newer
+        skipped.append((info.name, "; ".join(problems)))
+    return None, skipped + [(folder.name, reason) for folder, reason in unreadable]
 
 
-def _problem(path: Path) -> str | None:
-    if not path.is_dir():
-        return "there is no such folder"
-    problems = verify_manifest(path)
-    if problems:
-        return "; ".join(problems)
-    manifest = read_manifest(path)
-    if manifest.get("format") != FORMAT or STATE_NAME not in manifest["files"]:
-        return "it was not written as a training checkpoint"
-    return None
+def _commit(
+    store: StepStore,
+    step: int,
+    writer: SafetensorsWriter,
+    aliases: Mapping[str, Mapping[str, str]],
+    state: Mapping[str, Any],
+    retention: Retention,
+    score: float | None,
+    sequence_after: int,
+) -> CheckpointInfo:
+    """Write the JSON files and the manifest of a draft that holds all tensors."""
+    draft = writer.draft
+    assert draft is not None
+    files = {draft.prefix + name: entry for name, entry in writer.files.items()}
+    _write_json(draft, STATE_NAME, state, files)
+    _write_json(draft, INDEX_NAME, {"tensors": writer.index, "aliases": aliases}, files)
+    every = retention.permanent_every_steps
+    sequence = 1 + max((info.sequence for info in list_checkpoints(store)), default=0)
+    is_permanent = every is not None and step % every == 0
+    raw = _manifest(files, draft.prefix, step, max(sequence, sequence_after + 1), score, is_permanent)
+    draft.commit(raw)
+    return checkpoint_info(store, f"step-{step}", raw, parse_manifest(raw))
 
 
-def _info(path: Path) -> CheckpointInfo | None:
-    try:
-        manifest = read_manifest(path)
-    except ValueError:
-        return None
-    if manifest.get("format") != FORMAT:
-        return None
-    return CheckpointInfo(path=path, step=manifest["step"], sequence=manifest["sequence"])
+def _manifest(
+    files: FileEntries, prefix: str, step: int, sequence: int, score: float | None, is_permanent: bool
+) -> bytes:
+    extra = {
+        "format": FORMAT,
+        "step": step,
+        "sequence": sequence,
+        "score": score,
+        "permanent": is_permanent,
+        "prefix": prefix,
+    }
+    return manifest_bytes(files, extra)
 
 
-def _folders(run_dir: Path) -> list[Path]:
-    return sorted(path for path in run_dir.iterdir() if path.is_dir()) if run_dir.is_dir() else []
+def _write_json(draft: StepDraft, name: str, content: Mapping[str, Any], files: FileEntries) -> None:
+    with create_hashed(draft, name) as writer:
+        writer.write(json.dumps(content, ensure_ascii=False).encode())
+    files[draft.prefix + name] = writer.entry()
 
 
-def _step_folders(run_dir: Path) -> list[Path]:
-    # A folder that was set aside by a replacement is a whole checkpoint, and the only one if the replacement
-    # was cut off.
-    return [
-        path
-        for path in _folders(run_dir)
-        if _STEP_NAME.match(path.name) is not None or _leftover_kind(path) == "replaced"
-    ]
-
-
-def _leftover_kind(path: Path) -> str | None:
-    match = STAGING_PATTERN.match(path.name)
-    return match["kind"] if match is not None and _STEP_NAME.match(match["name"]) is not None else None
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-").partition(".")[0])
-
-
-def _remove_leftovers(run_dir: Path) -> None:
-    # Only called under the lock and after a commit, so no other process is writing here.
-    for path in _folders(run_dir):
-        kind = _leftover_kind(path)
-        original = run_dir / path.name.partition(".")[0]
-        if kind == "replaced" and not original.exists():
-            # The replacement was cut off between its two renames: the old one is the state of that step.
-            path.rename(original)
-        elif kind is not None:
-            shutil.rmtree(path)
-
-
-def _prune(run_dir: Path, keep_last: int) -> None:
-    infos = list_checkpoints(run_dir)
+def _tidy(store: StepStore, info: CheckpointInfo, retention: Retention) -> None:
+    """After a commit: name the newest, remove leftovers, delete what need not stay."""
+    store.point_latest(info.name)
+    store.clean()
+    if retention.keep_last is None:
+        return
+    infos = list_checkpoints(store)
     # Cut or missing files do not count as kept; hashes would mean reading every checkpoint at every save.
-    whole = [info for info in infos if not verify_manifest(info.path, hashes=False)]
-    oldest_kept = whole[-keep_last:][0].sequence
-    for info in infos:
-        if info.sequence < oldest_kept:
-            discard_directory(info.path)
+    whole = [i for i in infos if not Checkpoint(store, i.name).problems(hashes=False)]
+    last = whole[-retention.keep_last :]
+    sign = 1 if retention.best_mode == "min" else -1
+    scored = sorted(
+        (i for i in whole if i.score is not None), key=lambda i: (sign * (i.score or 0.0), -i.sequence)
+    )
+    kept = {i.name for i in [*last, *scored[: retention.keep_best]]}
+    for old in infos:
+        if old.name not in kept and not old.is_permanent and old.sequence < last[0].sequence:
+            store.discard(old.name)
 
 
-@contextmanager
-def _only_writer(run_dir: Path) -> Iterator[None]:
-    with open(run_dir / _LOCK_NAME, "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"Another process is saving a checkpoint into {run_dir}.",
-                remedy="Give each run its own --run-name; two runs must not share a folder.",
-            ) from error
-        yield
+def _try_info(store: StepStore, folder: StepFolder) -> CheckpointInfo | str:
+    """What a folder's manifest says, or why it says nothing."""
+    try:
+        raw = store.manifest(folder.name)
+        return checkpoint_info(store, folder.name, raw, parse_manifest(raw))
+    except ValueError as error:
+        if isinstance(error, StorageError):
+            raise
+        return str(error)
+
+
+def _rank(process_group: dist.ProcessGroup | None) -> int:
+    return dist.get_rank(process_group) if dist.is_available() and dist.is_initialized() else 0
+
+
+def _agree(value: _Value, process_group: dist.ProcessGroup | None) -> _Value:
+    """Rank 0's value, on every rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared, group=process_group, group_src=0)
+    return shared[0]
 
 
 def _check_json(value: object, where: str) -> None:

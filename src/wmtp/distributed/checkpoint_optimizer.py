@@ -6,11 +6,12 @@ groups cannot silently give one parameter the moments of another.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -65,6 +66,9 @@ def restore_optimizer_state(
 ) -> None:
     """Put back what `flatten_optimizer_state` returned, bit for bit, by parameter name.
 
+    The tensors are the optimizer's from then on: it keeps those that need no conversion and changes them in
+    place.
+
     Raises:
         CheckpointError: the parameter groups hold other parameters than the saved ones, or a state has
             another shape.
@@ -79,11 +83,9 @@ def restore_optimizer_state(
     for full_name, tensor in tensors.items():
         owner, _, key = full_name.rpartition(":")
         if owner in slots:
-            # load_state_dict keeps a tensor that needs no conversion as it is; the optimizer then changes it
-            # in place.
-            slots[owner][key] = tensor.clone()
+            slots[owner][key] = tensor
         else:
-            group_tensors[int(owner.removeprefix("group."))][key] = tensor.clone()
+            group_tensors[int(owner.removeprefix("group."))][key] = tensor
 
     indices = {
         name: index
@@ -99,6 +101,20 @@ def restore_optimizer_state(
     by_index = {indices[name]: values for name, values in slots.items()}
     optimizer.load_state_dict({"state": by_index, "param_groups": groups})
     _undo_casts(optimizer, names, slots)
+
+
+def make_optimizer_tensor(
+    parameters: Mapping[str, Parameter],
+) -> Callable[[str, torch.Size, torch.dtype], Tensor]:
+    """What a saved tensor of the optimizer is read into: sharded where its parameter of that shape is."""
+
+    def make(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        parameter = parameters.get(name.rpartition(":")[0])
+        if isinstance(parameter, DTensor) and parameter.shape == shape:
+            return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        return torch.empty(shape, dtype=dtype)
+
+    return make
 
 
 def _undo_casts(

@@ -1,78 +1,61 @@
-"""Groups of tensors as safetensors files, with tied tensors stored once.
-
-Nothing here can run code when it is read: a file holds numbers, names and shapes only.
-"""
+"""Groups of named tensors, with tied tensors told apart from equal ones."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-from wmtp.exceptions import CheckpointError
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
 
 TensorGroup = dict[str, Tensor]
 
 
-def write_group(path: Path, group: Mapping[str, Tensor]) -> dict[str, str]:
-    """Write one group to a safetensors file, bit for bit, whatever the dtype.
+def split_aliases(
+    groups: Mapping[str, Mapping[str, Tensor]],
+) -> tuple[TensorGroup, dict[str, dict[str, str]]]:
+    """Flatten groups to `<group>/<name>`, keeping one name of each tensor.
 
     Returns:
-        Aliases: name -> the name under which the same memory was stored. Tied embeddings are the usual case;
-            two names for
-        one tensor come back as one tensor.
+        `(tensors, aliases)`: aliases are group -> name -> the name under which the same memory is stored.
+        Tied embeddings are the usual case; two names for one tensor come back as one tensor.
     """
-    stored: TensorGroup = {}
-    aliases: dict[str, str] = {}
-    first_name: dict[tuple[object, ...], str] = {}
-    for name in sorted(group):
-        tensor = group[name].detach()
-        identity = (
-            tensor.device,
-            tensor.dtype,
-            tensor.data_ptr(),
-            tuple(tensor.shape),
-            tuple(tensor.stride()),
+    flat: TensorGroup = {}
+    aliases: dict[str, dict[str, str]] = {}
+    for group, tensors in groups.items():
+        aliases[group] = {}
+        first_name: dict[tuple[object, ...], str] = {}
+        for name in sorted(tensors):
+            tensor = tensors[name].detach()
+            identity = _identity(tensor)
+            if tensor.numel() and identity in first_name:
+                aliases[group][name] = first_name[identity]
+                continue
+            first_name[identity] = name
+            flat[f"{group}/{name}"] = tensor
+    return flat, aliases
+
+
+def copy_to_host(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, TensorGroup]:
+    """A copy of all tensors in host memory, out of reach of training; tied ones are copied once."""
+    stager = DefaultStager(
+        StagingOptions(
+            use_pinned_memory=False,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=False,
         )
-        if tensor.numel() and identity in first_name:
-            aliases[name] = first_name[identity]
-            continue
-        first_name[identity] = name
-        stored[name] = tensor.cpu().contiguous()
-    _separate_storages(stored)
+    )
     try:
-        save_file(stored, path, metadata={"format": "pt"})
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path.name} of the checkpoint could not be written: {error}",
-            remedy=f"Check free space and permissions of {path.parent.parent}; earlier saves are untouched.",
-        ) from error
-    return aliases
+        copies = stager.stage({group: dict(tensors) for group, tensors in groups.items()})
+    finally:
+        stager.close()
+    assert isinstance(copies, dict)  # a Future only where staging is asynchronous
+    return copies
 
 
-def read_group(path: Path, aliases: Mapping[str, str]) -> TensorGroup:
-    """Read a file that `write_group` wrote, onto the CPU; `aliases` is what it returned."""
-    try:
-        group: TensorGroup = load_file(path, device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is not a readable safetensors file: {error}", remedy="Resume from another checkpoint."
-        ) from error
-    for name, source in aliases.items():
-        group[name] = group[source]
-    return group
-
-
-def _separate_storages(stored: TensorGroup) -> None:
-    # Views that overlap without being the same tensor (rows of one buffer): safetensors refuses shared
-    # memory.
-    seen: set[int] = set()
-    for name, tensor in stored.items():
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer in seen:
-            stored[name] = tensor.clone()
-        elif tensor.numel():
-            seen.add(pointer)
+def _identity(tensor: Tensor) -> tuple[object, ...]:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not local.numel():
+        return (id(tensor),)
+    return (local.device, local.dtype, local.data_ptr(), tuple(local.shape), tuple(local.stride()))

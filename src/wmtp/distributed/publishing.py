@@ -61,7 +61,7 @@ def publish_directory(
     try:
         yield staging
         _write_manifest(staging, extra or {})
-        _rename_into_place(staging, final)
+        rename_into_place(staging, final)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -80,12 +80,12 @@ def write_bytes_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
     try:
-        _write_synced(staging, content)
+        write_synced(staging, content)
         os.replace(staging, path)
     except BaseException:
         staging.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
@@ -99,6 +99,11 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: there is none, or a byte of it changed; the message says which.
     """
+    return parse_manifest(read_manifest_bytes(directory))
+
+
+def read_manifest_bytes(directory: str | os.PathLike[str]) -> bytes:
+    """Read a published folder's manifest as it is; a ValueError where there is none of a sensible size."""
     path = Path(directory) / MANIFEST_NAME
     try:
         status = path.lstat()
@@ -108,12 +113,20 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_MANIFEST_BYTES:
         raise ValueError(f"{MANIFEST_NAME} is not a plain file of a sensible size")
-    raw = path.read_bytes()
+    return path.read_bytes()
+
+
+def parse_manifest(raw: bytes) -> dict[str, Any]:
+    """Check that a manifest is exactly what was written; its content without its own digest.
+
+    Raises:
+        ValueError: a byte of it changed, or another version wrote it; the message says which.
+    """
     try:
         manifest = json.loads(raw)
         body = {key: value for key, value in manifest.items() if key != "sha256"}
         # Compared as bytes, so that a change in blanks or in the order of keys is found too.
-        is_whole = _manifest_bytes(body) == raw
+        is_whole = _digested(body) == raw
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{MANIFEST_NAME} is damaged: {error}") from error
     if not is_whole:
@@ -149,7 +162,7 @@ def verify_manifest(directory: str | os.PathLike[str], *, hashes: bool = True) -
 
 
 def _file_problem(directory: Path, name: str, entry: Mapping[str, Any], *, hashes: bool) -> str | None:
-    if not _is_inside(name):
+    if not is_inside(name):
         return "the name points out of the folder"
     path = directory / name
     try:
@@ -186,7 +199,8 @@ def _lists_files(files: object) -> bool:
     )
 
 
-def _is_inside(name: str) -> bool:
+def is_inside(name: str) -> bool:
+    """Whether a file name of a manifest stays within its folder."""
     pure = PurePosixPath(name)
     return bool(name) and not pure.is_absolute() and ".." not in pure.parts and "\\" not in name
 
@@ -203,13 +217,13 @@ def _write_manifest(staging: Path, extra: Mapping[str, Any]) -> None:
         _sync_file(path)
         name = path.relative_to(staging).as_posix()
         files[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
-    body = {**extra, "schema": MANIFEST_SCHEMA, "files": files}
-    _write_synced(staging / MANIFEST_NAME, _manifest_bytes(body))
+    write_synced(staging / MANIFEST_NAME, manifest_bytes(files, extra))
     for folder in folders:
-        _sync_folder(folder)
+        sync_folder(folder)
 
 
-def _rename_into_place(staging: Path, final: Path) -> None:
+def rename_into_place(staging: Path, final: Path) -> None:
+    """Rename a finished folder to its final name; an older one is moved aside first, then deleted."""
     replaced: Path | None = None
     if final.exists():
         replaced = final.with_name(f"{final.name}.replaced-{uuid.uuid4().hex}")
@@ -220,12 +234,17 @@ def _rename_into_place(staging: Path, final: Path) -> None:
         if replaced is not None:
             os.rename(replaced, final)
         raise
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     if replaced is not None:
         shutil.rmtree(replaced)
 
 
-def _manifest_bytes(body: Mapping[str, Any]) -> bytes:
+def manifest_bytes(files: Mapping[str, Mapping[str, Any]], extra: Mapping[str, Any]) -> bytes:
+    """A manifest of files (name -> size and sha256) and further JSON values, with a digest of itself."""
+    return _digested({**extra, "schema": MANIFEST_SCHEMA, "files": files})
+
+
+def _digested(body: Mapping[str, Any]) -> bytes:
     digest = hashlib.sha256(_json_bytes(body)).hexdigest()
     return _json_bytes({**body, "sha256": digest})
 
@@ -234,7 +253,8 @@ def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def _write_synced(path: Path, content: bytes) -> None:
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
@@ -246,7 +266,8 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
     # A rename is durable only once the folder that holds the name is synced.
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -99,16 +99,3 @@ def checkpoint_tensors(module: nn.Module) -> dict[str, Tensor]:
         return state
     kept = learned_parameters(module).keys() | {name for name, _ in module.named_buffers()}
     return {name: tensor for name, tensor in state.items() if name in kept}
-
-
-def load_checkpoint_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put back what `checkpoint_tensors` gave.
-
-    Raises:
-        RuntimeError: tensors that are missing, unexpected or misshapen, by name.
-    """
-    expected = checkpoint_tensors(module).keys()
-    missing, unexpected = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
-    if missing or unexpected:
-        raise RuntimeError(f"missing {missing[:5] or 'nothing'}, unexpected {unexpected[:5] or 'nothing'}")
-    module.load_state_dict(tensors, strict=False)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from wmtp.components.evaluator import measure_losses
+from wmtp.components.loader import LoadedCheckpoint
+from wmtp.components.loader.step_stores import open_fallback_store
 from wmtp.components.pretrainer import CriticQuality
 from wmtp.components.scorer import CriticScorer, Scorer
 from wmtp.components.trainer import TrainerContext
@@ -21,13 +24,18 @@ from wmtp.components.trainer.callbacks import (
     ValidationCallback,
 )
 from wmtp.components.trainer.callbacks.metrics import measure_peak_flops
+from wmtp.distributed.checkpoint import Retention
+from wmtp.distributed.checkpoint_reading import CheckpointInfo
+from wmtp.distributed.checkpoint_saver import CheckpointSaver
+from wmtp.distributed.checkpoint_store import StepStore
 from wmtp.modeling import LateParameters, flops_per_token
 from wmtp.pipelines.critic import Critic, critic_measurement
 from wmtp.pipelines.data import PreparedData
 from wmtp.pipelines.environment import Environment, RunPaths
+from wmtp.pipelines.remote_output import RemoteOutput
 from wmtp.pipelines.resume import recipe_params
-from wmtp.settings import Recipe
-from wmtp.tracking import Tracker
+from wmtp.settings import Config, Recipe
+from wmtp.tracking import CompositeTracker, Tracker
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,30 @@ class RunCallbacks:
         return {} if self.critic is None else self.critic.latest_metrics()
 
 
+def build_saver(
+    config: Config, recipe: Recipe, paths: RunPaths, store: StepStore, resumed: LoadedCheckpoint | None
+) -> CheckpointSaver:
+    """What takes the checkpoints of a run."""
+    train = recipe.train
+    saver = CheckpointSaver(
+        store,
+        Retention(train.keep_last, train.keep_best, train.best_mode, train.permanent_every_steps),
+        is_async=train.async_checkpoints,
+        fallback=open_fallback_store(config, paths.run_uri),
+    )
+    saver.latest = None if resumed is None else resumed.checkpoint.info
+    return saver
+
+
+def record_checkpoint(
+    tracker: CompositeTracker, remote: RemoteOutput, paths: RunPaths, info: CheckpointInfo
+) -> None:
+    """Tell tracking of a committed checkpoint, and bring the metrics to where the checkpoint is."""
+    scores = {} if info.score is None else {"score": info.score}
+    tracker.log_checkpoint(info.step, uri=info.uri, metrics=scores, manifest_sha256=info.manifest_sha256)
+    remote.try_upload(paths.metrics_file)
+
+
 def build_callbacks(
     recipe: Recipe,
     environment: Environment,
@@ -58,6 +90,8 @@ def build_callbacks(
     critic: Critic | None,
     context: TrainerContext,
     late: LateParameters | None,
+    saver: CheckpointSaver,
+    on_saved: Callable[[CheckpointInfo], None],
 ) -> RunCallbacks:
     """All callbacks of a training run. The order matters: a bad step is noticed before it is saved."""
     train, model = recipe.train, context.model
@@ -67,27 +101,28 @@ def build_callbacks(
         flops_per_token=flops_per_token(model, recipe.data.train.max_length),
         peak_flops=measure_peak_flops(environment.device, environment.precision),
     )
-    checkpoint = CheckpointCallback(
-        paths.checkpoints,
-        every_steps=train.save_every_steps,
-        keep_last=train.keep_last,
-        run_state={"mlflow_run_id": tracker.run_id, "recipe": recipe_params(recipe)},
-    )
     callbacks: list[Callback] = [FiniteCallback(train), metrics, ProgressCallback(metrics, paths.name)]
     if late is not None:
         callbacks.insert(0, PhaseCallback(late))
     critic_callback = _critic_callback(recipe, environment, tracker, data, critic, context)
     if critic_callback is not None:
         callbacks.append(critic_callback)
+    validation: ValidationCallback | None = None
     if train.eval_every_steps is not None and data.validation:
         autocast = autocast_factory(environment.device, environment.precision)
-        callbacks.append(
-            ValidationCallback(
-                lambda: measure_losses(model, data.validation_batches(), autocast=autocast),
-                tracker,
-                train.eval_every_steps,
-            )
+        validation = ValidationCallback(
+            lambda: measure_losses(model, data.validation_batches(), autocast=autocast),
+            tracker,
+            train.eval_every_steps,
         )
+        callbacks.append(validation)
+    checkpoint = CheckpointCallback(
+        saver,
+        every_steps=train.save_every_steps,
+        run_state={"mlflow_run_id": tracker.run_id, "recipe": recipe_params(recipe)},
+        score=lambda step: None if validation is None else validation.measured(step, train.best_metric),
+        on_saved=on_saved,
+    )
     return RunCallbacks([*callbacks, SignalCallback(), checkpoint], metrics, checkpoint, critic_callback)
 
 

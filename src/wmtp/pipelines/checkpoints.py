@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from wmtp.components.loader.checkpoint_loader import find_checkpoint
+from wmtp.components.loader.step_stores import find_checkpoint
 from wmtp.components.loader.training_state import holds_adapters_only
 from wmtp.components.tokenizer import HfTokenizer
-from wmtp.distributed.checkpoint import load_checkpoint
 from wmtp.exceptions import CheckpointError
 from wmtp.modeling import MTPModel
 from wmtp.modeling.formats.kinds import PARAMS_FILE
 from wmtp.modeling.formats.sources import CONFIG_FILE
 from wmtp.modeling.lora import check_same_base
-from wmtp.modeling.trainable import load_checkpoint_tensors
+from wmtp.modeling.trainable import checkpoint_tensors
 from wmtp.pipelines.builtin_models import prepare_builtin_model
 from wmtp.pipelines.environment import Environment
 from wmtp.pipelines.models import load_base, load_tokenizer
@@ -82,19 +81,13 @@ def load_located(
         require_model(config, recipe, "base").path, config, dry_run=False, options=options
     )
     tokenizer = load_tokenizer(config, recipe, base_path, trust_remote_code=trust)
-    step = find_checkpoint(Path(located.path))
-    _, state = load_checkpoint(step, groups=())
-    if not holds_adapters_only(state):
-        loaded = load_base(config, recipe, environment, str(step), keeps_heads=True, trust_remote_code=trust)
+    step = find_checkpoint(config, located.path)
+    if not holds_adapters_only(step.state):
+        loaded = load_base(
+            config, recipe, environment, step.info.uri, keeps_heads=True, trust_remote_code=trust
+        )
         return loaded.model, tokenizer
     loaded = load_base(config, recipe, environment, base_path, with_adapters=True, trust_remote_code=trust)
-    check_same_base(loaded.model, state["base"])
-    tensors, _ = load_checkpoint(step, groups=("model",))
-    try:
-        load_checkpoint_tensors(loaded.model, tensors["model"])
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{step} does not fit the base model of this recipe: {error}",
-            remedy="use the recipe (base model and horizon) of the run",
-        ) from error
+    check_same_base(loaded.model, step.state["base"])
+    step.load_into({"model": checkpoint_tensors(loaded.model)})
     return loaded.model, tokenizer

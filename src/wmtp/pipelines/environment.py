@@ -30,19 +30,26 @@ class Environment:
 
 @dataclass(frozen=True, slots=True)
 class RunPaths:
-    """Folders of one run under `paths.output`.
+    """Folders of one run under `paths.output`, or under `paths.work` where the output is on S3.
 
     Attributes:
         name: the run's name.
-        output: `paths.output`, absolute.
+        output: `paths.output` or `paths.work`, absolute.
         checkpoints: `models/<run>`, which holds `step-N` folders and, at the end, the export `final`.
         report: `reports/<run>`: metrics.jsonl, evaluation, report.
+        remote: `paths.output` where that is on S3: the steps are there, and everything else goes there too.
     """
 
     name: str
     output: Path
     checkpoints: Path
     report: Path
+    remote: str | None = None
+
+    @property
+    def run_uri(self) -> str:
+        """Where the `step-N` folders are, for `--resume`."""
+        return str(self.checkpoints) if self.remote is None else f"{self.remote}/models/{self.name}"
 
     @property
     def export(self) -> Path:
@@ -79,7 +86,8 @@ def run_paths(config: Config, run_name: str) -> RunPaths:
     """Folders of a run.
 
     Raises:
-        UserInputError: the name cannot be a folder name, or the output is not on this machine.
+        UserInputError: the name cannot be a folder name, or the output can be written to by no means known
+            here.
     """
     if not _RUN_NAME.match(run_name):
         raise UserInputError(
@@ -87,15 +95,16 @@ def run_paths(config: Config, run_name: str) -> RunPaths:
             remedy="use letters, digits, '.', '_' and '-', starting with a letter or digit",
         )
     kind, resolved = PathResolver().resolve(config.paths.output)
-    if kind == "hub":
-        # `runs/mine` has the form of a hub id, but nothing can be written to the hub.
-        resolved = os.path.abspath(config.paths.output)
-    elif kind != "local":
+    if kind not in ("local", "hub", "s3"):
         raise UserInputError(
-            f"paths.output {config.paths.output!r} is not a local folder", remedy="give a local folder"
+            f"paths.output {config.paths.output!r} is neither a local folder nor on S3",
+            remedy="give a local folder or s3://bucket/prefix",
         )
-    output = Path(resolved)
-    return RunPaths(run_name, output, output / "models" / run_name, output / "reports" / run_name)
+    remote = resolved.rstrip("/") if kind == "s3" else None
+    # `runs/mine` has the form of a hub id, but nothing can be written to the hub.
+    folder = config.paths.output if remote is None else config.paths.work
+    output = Path(os.path.abspath(os.path.expanduser(folder.removeprefix("file://"))))
+    return RunPaths(run_name, output, output / "models" / run_name, output / "reports" / run_name, remote)
 
 
 def default_run_name(recipe: Recipe) -> str:

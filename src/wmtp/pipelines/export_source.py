@@ -11,13 +11,13 @@ from transformers import GenerationConfig
 
 from wmtp import __version__
 from wmtp.components.loader import MICRO_LLAMA, ModelLoaderContext
-from wmtp.components.loader.checkpoint_loader import find_checkpoint
 from wmtp.components.loader.sources import open_source
+from wmtp.components.loader.step_stores import find_checkpoint
 from wmtp.components.loader.training_state import ARCHITECTURE_KEY, holds_adapters_only
 from wmtp.components.tokenizer import HfTokenizer, RawTokenizer
 from wmtp.components.tokenizer.hf import TokenizerSettings
 from wmtp.components.tokenizer.raw_files import RAW_FILES
-from wmtp.distributed.checkpoint import STATE_NAME, load_checkpoint
+from wmtp.distributed.checkpoint_reading import STATE_NAME, Checkpoint
 from wmtp.exceptions import ModelLoadError, UserInputError
 from wmtp.factory import ComponentFactory
 from wmtp.modeling import MTPModel
@@ -31,7 +31,7 @@ from wmtp.modeling.formats.sources import (
     read_source_json,
 )
 from wmtp.modeling.lora import add_lora, check_same_base
-from wmtp.modeling.trainable import load_checkpoint_tensors
+from wmtp.modeling.trainable import checkpoint_tensors
 from wmtp.pipelines.checkpoints import locate_model
 from wmtp.pipelines.provenance import hub_id, public_name
 from wmtp.settings import Config
@@ -66,14 +66,19 @@ class ExportSource:
     Attributes:
         path: the model folder, model id or `step-N` folder.
         files: its files; None for the model that comes with this package.
-        training_state: the JSON state of a `step-N` folder, else None.
+        checkpoint: the training checkpoint that it is, else None.
         trust_remote_code: let the model run code that comes with it.
     """
 
     path: str
     files: ModelSource | None
-    training_state: dict[str, Any] | None
+    checkpoint: Checkpoint | None
     trust_remote_code: bool
+
+    @property
+    def training_state(self) -> dict[str, Any] | None:
+        """The JSON state of a training checkpoint."""
+        return None if self.checkpoint is None else self.checkpoint.state
 
     @property
     def directory(self) -> Path | None:
@@ -143,8 +148,8 @@ class ExportSource:
             ).model
             add_lora(model, **described["lora"])
             check_same_base(model, state["base"])
-            tensors, _ = load_checkpoint(self.path)
-            load_checkpoint_tensors(model, tensors["model"])
+            assert self.checkpoint is not None
+            self.checkpoint.load_into({"model": checkpoint_tensors(model)})
         model.causal_lm.generation_config = GenerationConfig.from_dict(described["generation_config"])
         return model
 
@@ -163,13 +168,19 @@ class ExportSource:
         path = self.path
         reader = HfTokenizer
         if self.training_state is not None:
-            beside = Path(self.path).parent / RUN_TOKENIZER
-            path = str(beside) if beside.is_dir() else self.training_state["export"]["tokenizer"]
+            path = self._tokenizer_of_run() or self.training_state["export"]["tokenizer"]
         elif self.files is not None and not self.files.names().intersection(_HUGGING_FACE_FILES):
             if all(self._folder_with(name) is None for name in RAW_FILES):
                 return None
             reader = RawTokenizer
         return reader(TokenizerSettings(path=path, trust_remote_code=self.trust_remote_code))
+
+    def _tokenizer_of_run(self) -> str | None:
+        """The folder beside the steps, where it is."""
+        above = None if self.files is None else self.files.parent()
+        if above is None or RUN_TOKENIZER not in above.subfolders():
+            return None
+        return f"{above}/{RUN_TOKENIZER}"
 
     def _folder_with(self, name: str) -> ModelSource | None:
         """Where a file of the tokenizer is: beside the model or, for Meta's layout, one folder up."""
@@ -195,24 +206,22 @@ def read_source(checkpoint: str, *, trust_remote_code: bool) -> ExportSource:
                 f"{checkpoint} is trained by the first run that needs it and then lies in that run's output",
                 remedy=f"give that folder, such as runs/models/{resolved.removeprefix('builtin:')}",
             )
-        return ExportSource(
-            path=resolved, files=None, training_state=None, trust_remote_code=trust_remote_code
-        )
+        return ExportSource(path=resolved, files=None, checkpoint=None, trust_remote_code=trust_remote_code)
     located = locate_model(checkpoint)
-    path = str(find_checkpoint(Path(located.path))) if located.is_training_state else located.path
+    step = find_checkpoint(Config(), located.path) if located.is_training_state else None
+    path = located.path if step is None else step.info.uri
     files = open_source(Config(), path)
     if isinstance(files, S3Folder):
         # It may be the `final` folder of the run that was named.
         path = str(files)
-    state = _training_state(files) if located.is_training_state else None
-    return ExportSource(path=path, files=files, training_state=state, trust_remote_code=trust_remote_code)
+    if step is not None:
+        _require_description(step)
+    return ExportSource(path=path, files=files, checkpoint=step, trust_remote_code=trust_remote_code)
 
 
-def _training_state(files: ModelSource) -> dict[str, Any]:
-    state = read_source_json(files, STATE_NAME).get("state")
-    if not isinstance(state, dict) or "export" not in state:
+def _require_description(checkpoint: Checkpoint) -> None:
+    if "export" not in checkpoint.state:
         raise ModelLoadError(
-            f"{files}/{STATE_NAME} does not say what model this is: an older version wrote it",
+            f"{checkpoint.info.uri}/{STATE_NAME} does not say what model this is: an older version wrote it",
             remedy="resume the run with --resume, which writes a new checkpoint, or export its final folder",
         )
-    return state

@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, PreTraine
 from wmtp.components.loader import MICRO_BASE, MICRO_LLAMA, MICRO_REFERENCE
 from wmtp.components.loader.builtin import build_micro_llama
 from wmtp.components.loader.sources import open_source
+from wmtp.components.loader.step_stores import find_checkpoint
 from wmtp.components.loader.training_state import describe_training_state
 from wmtp.exceptions import ModelLoadError
 from wmtp.modeling import MTPModel, choose_trainable
@@ -103,8 +104,7 @@ def describe_causal_lm(config: Config, path: str, *, trust_remote_code: bool) ->
         llama, num_heads = native_config(params, vocab_size=vocab_size, source=f"{source}/{PARAMS_FILE}")
         return ModelDescription(path, kind, llama, SavedHeads("transformer", tuple(range(1, num_heads + 1))))
     if kind is ModelKind.WMTP_CHECKPOINT:
-        assert isinstance(source, LocalSource)
-        heads, content, file = describe_training_state(source.directory)
+        heads, content, file = describe_training_state(find_checkpoint(config, str(source)))
         return ModelDescription(path, kind, build_config(content, file), heads)
     if kind is ModelKind.SEQUENCE_CLASSIFICATION:
         raise ModelLoadError(

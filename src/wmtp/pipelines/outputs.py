@@ -63,7 +63,7 @@ class RunOutputs:
         metrics: last training metrics and all evaluation metrics, by name.
         step: finished updates.
         stop_reason: the signal that ended it early; None otherwise.
-        checkpoint: newest `step-N` folder.
+        checkpoint: newest `step-N` folder, a path or an `s3://` address.
         export: the trained model as a Hugging Face checkpoint.
         report: the HTML report.
         mlflow_run_id: id of its MLflow run.
@@ -77,7 +77,7 @@ class RunOutputs:
     metrics: dict[str, float]
     step: int = 0
     stop_reason: str | None = None
-    checkpoint: Path | None = None
+    checkpoint: str | None = None
     export: Path | None = None
     report: Path | None = None
     mlflow_run_id: str | None = None

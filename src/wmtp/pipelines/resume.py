@@ -7,6 +7,7 @@ from typing import Any
 
 from wmtp.components.loader import LoadedCheckpoint
 from wmtp.distributed.checkpoint import list_checkpoints
+from wmtp.distributed.checkpoint_store import StepStore
 from wmtp.exceptions import CheckpointError, UserInputError
 from wmtp.factory import ComponentFactory
 from wmtp.pipelines.environment import RunPaths
@@ -21,7 +22,10 @@ _FREE_KEYS = (
     "train.log_every_steps",
     "train.eval_every_steps",
     "train.save_every_steps",
-    "train.keep_last",
+    "train.keep_",
+    "train.best_",
+    "train.permanent_every_steps",
+    "train.async_checkpoints",
     "train.on_nonfinite",
     "train.max_nonfinite_steps",
     "data.eval.",
@@ -49,23 +53,23 @@ def load_resume_checkpoint(config: Config, recipe: Recipe, path: str | None) -> 
     _check_recipe(checkpoint.state["recipe"], recipe_params(recipe))
     if checkpoint.step > recipe.train.max_steps:
         raise CheckpointError(
-            f"{checkpoint.path} is at step {checkpoint.step}, past train.max_steps {recipe.train.max_steps}",
+            f"{checkpoint.uri} is at step {checkpoint.step}, past train.max_steps {recipe.train.max_steps}",
             remedy="raise train.max_steps, or resume from an earlier step",
         )
-    logger.info("going on from %s", checkpoint.path)
+    logger.info("going on from %s", checkpoint.uri)
     return checkpoint
 
 
-def refuse_existing_run(paths: RunPaths) -> None:
+def refuse_existing_run(store: StepStore, paths: RunPaths) -> None:
     """A fresh run must not mix with the checkpoints of an older one.
 
     Raises:
         UserInputError: the run folder holds checkpoints.
     """
-    if list_checkpoints(paths.checkpoints):
+    if list_checkpoints(store):
         raise UserInputError(
-            f"run {paths.name!r} already has checkpoints in {paths.checkpoints}",
-            remedy=f"go on with --resume {paths.checkpoints}, or choose another --run-name",
+            f"run {paths.name!r} already has checkpoints in {paths.run_uri}",
+            remedy=f"go on with --resume {paths.run_uri}, or choose another --run-name",
         )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from wmtp.components.loader import LoadedCheckpoint
+from wmtp.components.loader.step_stores import open_run_store
 from wmtp.components.optimizer import OptimizerContext
 from wmtp.components.scorer import ScorerSetup
 from wmtp.components.tokenizer import HfTokenizer
@@ -20,7 +21,7 @@ from wmtp.exceptions import TrainingInterruptedError
 from wmtp.factory import ComponentFactory
 from wmtp.modeling import LateParameters, MTPModel, choose_trainable
 from wmtp.pipelines.builtin_models import prepare_builtin_model
-from wmtp.pipelines.callbacks import build_callbacks
+from wmtp.pipelines.callbacks import build_callbacks, build_saver, record_checkpoint
 from wmtp.pipelines.critic import Critic, prepare_critic, untrained_critic
 from wmtp.pipelines.data import PreparedData, evaluation_tasks, prepare_data
 from wmtp.pipelines.dry_run import measure_longest_batch
@@ -34,13 +35,22 @@ from wmtp.pipelines.environment import (
 )
 from wmtp.pipelines.evaluation import evaluate_model
 from wmtp.pipelines.export import export_model, export_state, record_results
+from wmtp.pipelines.export_source import RUN_TOKENIZER
 from wmtp.pipelines.models import check_vocabulary, load_base, load_reference, load_tokenizer
 from wmtp.pipelines.outputs import RunOptions, RunOutputs
+from wmtp.pipelines.remote_output import RemoteOutput
 from wmtp.pipelines.report import report_training, write_settings
 from wmtp.pipelines.resume import load_resume_checkpoint, refuse_existing_run
 from wmtp.pipelines.rewards import load_program_scorer
 from wmtp.settings import Config, Recipe, redacted_dump, require_available, require_model
-from wmtp.tracking import CompositeTracker, RunStatus, create_tracker, experiment_name
+from wmtp.storage import create_s3_manager
+from wmtp.tracking import (
+    CompositeTracker,
+    RunStatus,
+    create_tracker,
+    experiment_name,
+    tracking_address,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -77,65 +87,90 @@ def run_training_pipeline(
     began = time.perf_counter()
     environment = prepare_environment(config, recipe)
     checkpoint = load_resume_checkpoint(config, recipe, resume_checkpoint)
-    name = options.run_name or (checkpoint.path.parent.name if checkpoint else default_run_name(recipe))
+    resumed = None if checkpoint is None else checkpoint.run_uri.rpartition("/")[2]
+    name = options.run_name or resumed or default_run_name(recipe)
     paths = run_paths(config, name)
-    if checkpoint is None:
-        refuse_existing_run(paths)
+    is_new = name != resumed
+    if is_new:
+        refuse_existing_run(open_run_store(config, paths.run_uri), paths)
 
     # 2. What: base model, tokenizer, data, reference model.
     parts = _build_parts(config, recipe, environment, options, dry_run=False)
 
-    # 3. Tracking, from here on everything is recorded.
-    tracker = _open_tracker(config, recipe, paths, options, checkpoint)
-    status: RunStatus = "failed"
-    try:
-        # 4. Stage 1 of the critic.
-        seed_everything(recipe.train.seed)
-        critic = _prepare_critic(config, recipe, environment, parts, paths, options, checkpoint)
+    # 3. The run's folder is this process's alone; tracking, from here on everything is recorded.
+    store = open_run_store(config, paths.run_uri)
+    remote = RemoteOutput(config, paths)
+    with store.only_writer():
+        if is_new:
+            refuse_existing_run(store, paths)
+        else:
+            remote.download(paths.metrics_file)
+        tracker = _open_tracker(config, recipe, paths, options, checkpoint)
+        status: RunStatus = "failed"
+        try:
+            # 4. Stage 1 of the critic.
+            seed_everything(recipe.train.seed)
+            remote.download(paths.checkpoints / "critic")
+            critic = _prepare_critic(config, recipe, environment, parts, paths, options, checkpoint)
+            remote.upload(paths.checkpoints / "critic")
 
-        # 5. Optimizer, scorer, callbacks, trainer; the state of a resumed run.
-        context = _build_trainer_context(config, recipe, environment, parts, critic)
-        callbacks = build_callbacks(
-            recipe, environment, paths, tracker, parts.data, critic, context, parts.late
-        )
-        callbacks.checkpoint.run_state["export"] = export_state(config, recipe, parts, paths)
-        context.callbacks = callbacks.all
-        seed_everything(recipe.train.seed)
-        if checkpoint is not None:
-            restore_training_state(context, checkpoint.tensors, checkpoint.state)
-        trainer = ComponentFactory.create_trainer(recipe, config)
-        trainer.setup(context)
-
-        # 6. Train.
-        result = trainer.run(context)
-        if result.stop_reason is not None:
-            status = "interrupted"
-            raise TrainingInterruptedError(
-                f"{result.stop_reason} ended the run after step {result.step}; the state is in "
-                f"{callbacks.checkpoint.latest}",
-                remedy=f"go on with --resume {paths.checkpoints}",
+            # 5. Optimizer, scorer, callbacks, trainer; the state of a resumed run.
+            context = _build_trainer_context(config, recipe, environment, parts, critic)
+            saver = build_saver(config, recipe, paths, store, checkpoint)
+            callbacks = build_callbacks(
+                recipe,
+                environment,
+                paths,
+                tracker,
+                parts.data,
+                critic,
+                context,
+                parts.late,
+                saver,
+                lambda info: record_checkpoint(tracker, remote, paths, info),
             )
-        train_seconds = time.perf_counter() - began
+            callbacks.checkpoint.run_state["export"] = export_state(config, recipe, parts, paths)
+            remote.upload(paths.checkpoints / RUN_TOKENIZER)
+            context.callbacks = callbacks.all
+            seed_everything(recipe.train.seed)
+            if checkpoint is not None:
+                restore_training_state(context, checkpoint)
+            trainer = ComponentFactory.create_trainer(recipe, config)
+            trainer.setup(context)
 
-        # 7. The trained model as a plain Hugging Face checkpoint.
-        metrics = {**callbacks.metrics.latest, **callbacks.critic_metrics()}
-        export_model(config, recipe, parts, paths, metrics)
+            # 6. Train.
+            result = trainer.run(context)
+            if result.stop_reason is not None:
+                status = "interrupted"
+                raise TrainingInterruptedError(
+                    f"{result.stop_reason} ended the run after step {result.step}; the state is in "
+                    f"{callbacks.checkpoint.latest}",
+                    remedy=f"go on with --resume {paths.run_uri}",
+                )
+            train_seconds = time.perf_counter() - began
 
-        # 8. Evaluate it.
-        evaluation = evaluate_model(config, recipe, environment, parts, paths.report, options)
-        tracker.log_metrics(evaluation.metrics, result.step)
-        metrics.update(evaluation.metrics)
-        record_results(paths, parts.model, metrics)
+            # 7. The trained model as a plain Hugging Face checkpoint.
+            metrics = {**callbacks.metrics.latest, **callbacks.critic_metrics()}
+            export_model(config, recipe, parts, paths, metrics)
+            remote.upload(paths.export)
 
-        # 9. Report.
-        timings = {"training": train_seconds, "evaluation": time.perf_counter() - began - train_seconds}
-        report_run, report = report_training(
-            config, recipe, paths, trainer, parts, evaluation, metrics, timings
-        )
-        tracker.log_artifact(paths.report)
-        status = "finished"
-    finally:
-        tracker.finish(status)
+            # 8. Evaluate it.
+            evaluation = evaluate_model(config, recipe, environment, parts, paths.report, options)
+            tracker.log_metrics(evaluation.metrics, result.step)
+            metrics.update(evaluation.metrics)
+            record_results(paths, parts.model, metrics)
+            remote.upload(paths.export)
+
+            # 9. Report.
+            timings = {"training": train_seconds, "evaluation": time.perf_counter() - began - train_seconds}
+            report_run, report = report_training(
+                config, recipe, paths, trainer, parts, evaluation, metrics, timings
+            )
+            tracker.log_artifact(paths.report)
+            status = "finished"
+        finally:
+            tracker.finish(status)
+            remote.try_upload(paths.report)
     return RunOutputs(
         run_name=name,
         metrics=metrics,
@@ -187,7 +222,7 @@ def _build_parts(
         )
     data = prepare_data(config, recipe, tokenizer, loaded.metadata)
     if reference_tokens is not None:
-        reference_tokens.require_shared(data.features)
+        data.check_features(reference_tokens.require_shared)
     tasks = evaluation_tasks(config, recipe)
     return RunParts(loaded.model, late, tokenizer, data, tasks, reference, reference_tokens, base_path)
 
@@ -261,13 +296,14 @@ def _open_tracker(
     tracker = create_tracker(
         paths.report,
         experiment=experiment_name(recipe.train.algo, recipe.data.train.sources),
-        tracking_uri=mlflow.tracking_uri or str(paths.output / "mlflow"),
+        tracking_uri=tracking_address(config),
         run_name=paths.name,
         run_id=None if checkpoint is None else checkpoint.mlflow_run_id,
         resume_step=None if checkpoint is None else checkpoint.step,
         registry_uri=mlflow.registry_uri,
         artifact_location=mlflow.artifact_location,
         tags=options.run_tags(),
+        open_store=lambda: create_s3_manager(config),
     )
     tracker.log_params({**redacted_dump(config), **redacted_dump(recipe)})
     write_settings(config, recipe, paths)

@@ -45,7 +45,11 @@ class PathSettings(Section):
     datasets: DatasetPaths = Field(default_factory=DatasetPaths, description="Datasets by name.")
     output: Text = Field(
         default="runs",
-        description="Folder for checkpoints, reports and tracking; relative to the working directory.",
+        description="Folder (relative to the working directory) or s3:// prefix for all results.",
+    )
+    work: Text = Field(
+        default="runs",
+        description="Local folder for reports and exports in the making, where output is on S3.",
     )
 
 
@@ -79,6 +83,11 @@ class S3Settings(Section):
     max_attempts: int = Field(default=5, ge=1, description="Tries of one request before it fails.")
     deadline_s: float = Field(
         default=300.0, gt=0, description="Time all tries of one operation may take, in seconds."
+    )
+    lease_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="A run on S3 is taken over when its process has not been heard of for this many seconds.",
     )
 
 

@@ -73,6 +73,13 @@ def _check_train(recipe: Recipe) -> Iterator[Violation]:
             "give the folder that `wmtp score` wrote, or set rho1.reference: online",
             ("rho1.reference",),
         )
+    if data.streaming is True and train.algo == "critic-wmtp":
+        yield Violation(
+            "data.train.streaming",
+            "cannot be true with train.algo: critic-wmtp, whose first stage goes through all examples",
+            "set it to false; the training rows must then fit into memory",
+            ("train.algo",),
+        )
     if data.max_tokens_per_batch is not None and data.max_tokens_per_batch < data.max_length:
         yield Violation(
             "data.train.max_tokens_per_batch",

@@ -40,6 +40,22 @@ class TrainDataSettings(Section):
     )
     train_on_prompt: bool = Field(default=False, description="Count prompt tokens in the loss as well.")
     shuffle: bool = Field(default=True, description="Shuffle rows by train.seed and epoch.")
+    streaming: Literal["auto"] | bool = Field(
+        default="auto",
+        description="Read rows as they are needed instead of holding all in memory; "
+        "auto does so for sources above in_memory_mib.",
+    )
+    in_memory_mib: int = Field(
+        default=256,
+        ge=0,
+        description="Files up to this size together are held in memory with streaming: auto, in MiB; "
+        "tokenised they take about 15 times as much.",
+    )
+    shuffle_buffer: int = Field(
+        default=10_000,
+        ge=1,
+        description="Examples that are shuffled and packed among themselves when streaming.",
+    )
 
 
 class EvalDataSettings(Section):

@@ -36,6 +36,24 @@ class TrainSettings(Section):
         default=None, ge=1, description="Optimizer steps between two checkpoints; null saves only at the end."
     )
     keep_last: int = Field(default=2, ge=1, description="Newest checkpoints that are kept.")
+    keep_best: int = Field(
+        default=0, ge=0, description="Best checkpoints that are kept beside the newest, by best_metric."
+    )
+    best_metric: Text = Field(
+        default="val/loss",
+        description="Validation metric that keep_best goes by; a step counts where it was measured.",
+        examples=["val/loss", "val/ce_head_0"],
+    )
+    best_mode: Literal["min", "max"] = Field(
+        default="min", description="Whether a low or a high best_metric is good."
+    )
+    permanent_every_steps: int | None = Field(
+        default=None, ge=1, description="Checkpoints of steps divisible by this are never deleted."
+    )
+    async_checkpoints: bool = Field(
+        default=False,
+        description="Write checkpoints while training goes on, from a copy of the state in host memory.",
+    )
     on_nonfinite: Literal["stop", "skip"] = Field(
         default="stop",
         description="What a NaN or infinite loss or gradient does: end the run, or drop that update.",

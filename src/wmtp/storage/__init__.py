@@ -4,6 +4,7 @@ from wmtp.storage.atomic import publish_directory, verify_manifest, write_bytes_
 from wmtp.storage.paths import BUILTIN_DATASETS, BUILTIN_MODELS, PathResolver
 from wmtp.storage.s3 import S3Folder, S3Manager, create_s3_manager
 from wmtp.storage.s3_streams import S3Object
+from wmtp.storage.step_store import S3Store
 
 __all__ = [
     "BUILTIN_DATASETS",
@@ -12,6 +13,7 @@ __all__ = [
     "S3Folder",
     "S3Manager",
     "S3Object",
+    "S3Store",
     "create_s3_manager",
     "publish_directory",
     "verify_manifest",

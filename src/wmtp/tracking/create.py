@@ -99,4 +99,4 @@ def create_mlflow_manager(
 
 def tracking_address(config: Config) -> str:
     """`mlflow.tracking_uri`, or the folder `mlflow` of the output."""
-    return config.mlflow.tracking_uri or str(Path(config.paths.output) / "mlflow")
+    return config.mlflow.tracking_uri or f"{config.paths.output.rstrip('/')}/mlflow"

@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from wmtp.components.base import Component
+from wmtp.components.loader.step_stores import find_checkpoint
 from wmtp.components.registry import loader_registry
-from wmtp.distributed.checkpoint import find_latest_valid, load_checkpoint
-from wmtp.exceptions import CheckpointError
+from wmtp.distributed.checkpoint_reading import Checkpoint
 from wmtp.settings import Config
-from wmtp.storage import PathResolver
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedCheckpoint:
-    """A checkpoint in memory.
+    """A verified checkpoint; its tensors are read when they are asked for.
 
     Attributes:
-        path: its `step-N` folder.
+        checkpoint: `read(group)` and `load_into(...)` give the tensors of modules, optimizer, random states.
+        uri: its `step-N` folder.
         step: finished updates.
         epoch: epoch the next micro-batch belongs to, counted from 0.
         mlflow_run_id: the MLflow run to go on with, where there was one.
-        tensors: groups of named tensors: modules, optimizer, random states.
         state: the JSON state.
     """
 
-    path: Path
+    checkpoint: Checkpoint
+    uri: str
     step: int
     epoch: int
     mlflow_run_id: str | None
-    tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
+
+    @property
+    def run_uri(self) -> str:
+        """The run it belongs to."""
+        return self.checkpoint.store.uri()
 
 
 @loader_registry.register("checkpoint-loader", version="1.0.0", description="training checkpoints")
@@ -48,37 +46,14 @@ class CheckpointLoader(Component[str, LoadedCheckpoint]):
         self.config = config
 
     def run(self, context: str) -> LoadedCheckpoint:
-        """Find, verify and read the checkpoint at the path `context`.
+        """Find and verify the checkpoint at the path `context`: a local folder or an `s3://` address.
 
         Raises:
             CheckpointError: there is none that is whole.
+            StorageError: S3 cannot be reached.
         """
-        _, resolved = PathResolver().resolve(context)
-        path = find_checkpoint(Path(resolved))
-        tensors, state = load_checkpoint(path)
-        return LoadedCheckpoint(path, state["step"], state["epoch"], state["mlflow_run_id"], tensors, state)
-
-
-def find_checkpoint(folder: Path) -> Path:
-    """Return a `step-N` folder as it is, and of a run folder the newest valid one, with a warning for each
-    that was skipped.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"there is no checkpoint at {folder}", remedy="give a run folder or one of its step-N folders"
+        checkpoint = find_checkpoint(self.config, context)
+        state = checkpoint.state
+        return LoadedCheckpoint(
+            checkpoint, checkpoint.info.uri, state["step"], state["epoch"], state["mlflow_run_id"], state
         )
-    if folder.name.startswith("step-"):
-        return folder
-    path, skipped = find_latest_valid(folder)
-    for skipped_path, reason in skipped:
-        logger.warning("checkpoint %s was skipped: %s", skipped_path, reason)
-    if path is None:
-        raise CheckpointError(
-            f"{folder} holds no valid checkpoint"
-            + "".join(f"\n  {skipped_path.name}: {reason}" for skipped_path, reason in skipped),
-            remedy="start the run anew without --resume",
-        )
-    return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from wmtp.components.loader.checkpoint_loader import find_checkpoint
-from wmtp.distributed.checkpoint import STATE_NAME, load_checkpoint
+from wmtp.distributed.checkpoint_reading import STATE_NAME, Checkpoint
 from wmtp.exceptions import ModelLoadError, UserInputError
 from wmtp.modeling import MTPModel
 from wmtp.modeling.formats.configuration import build_config, causal_lm_class, check_config, text_config
@@ -39,18 +37,16 @@ def holds_adapters_only(state: dict[str, Any]) -> bool:
     return state.get("base") is not None
 
 
-def read_training_state(folder: Path, *, dtype: torch.dtype) -> LoadedParts:
-    """Read the model of a `step-N` folder, or of the newest valid one of a run folder.
+def read_training_state(checkpoint: Checkpoint, *, dtype: torch.dtype) -> LoadedParts:
+    """Read the model of a training checkpoint.
 
     Raises:
-        CheckpointError: no checkpoint there is whole.
+        CheckpointError: a file of it is damaged.
         ModelLoadError: it does not describe its model, holds adapters only, or its tensors do not fit.
     """
-    path = find_checkpoint(folder)
-    groups, state = load_checkpoint(path, groups=("model",))
-    saved, content, file = _read_description(state, path)
-    tensors = groups.get("model", {})
-    weights = str(path / "model.safetensors")
+    saved, content, file = describe_training_state(checkpoint)
+    tensors = checkpoint.read("model")
+    weights = f"{checkpoint.info.uri}/model"
     check_config(content, file, len(tensors))
     causal_lm = _build(content, file)
     _fill(causal_lm, tensors, weights)
@@ -65,7 +61,7 @@ def read_training_state(folder: Path, *, dtype: torch.dtype) -> LoadedParts:
     return LoadedParts(causal_lm, saved, head_tensors, weights)
 
 
-def describe_training_state(folder: Path) -> tuple[SavedHeads, dict[str, Any], str]:
+def describe_training_state(checkpoint: Checkpoint) -> tuple[SavedHeads, dict[str, Any], str]:
     """Read what `read_training_state` would build, without its tensors.
 
     Returns:
@@ -74,18 +70,13 @@ def describe_training_state(folder: Path) -> tuple[SavedHeads, dict[str, Any], s
     Raises:
         CheckpointError, ModelLoadError: as `read_training_state`.
     """
-    path = find_checkpoint(folder)
-    _, state = load_checkpoint(path, groups=())
-    return _read_description(state, path)
-
-
-def _read_description(state: dict[str, Any], path: Path) -> tuple[SavedHeads, dict[str, Any], str]:
+    state, uri = checkpoint.state, checkpoint.info.uri
     if holds_adapters_only(state):
         raise ModelLoadError(
-            f"{path} holds LoRA adapters and heads only; the other tensors are those of its base model",
+            f"{uri} holds LoRA adapters and heads only; the other tensors are those of its base model",
             remedy="evaluate or export it with the recipe of the run, which names the base",
         )
-    file = str(path / STATE_NAME)
+    file = f"{uri}/{STATE_NAME}"
     described = state.get(ARCHITECTURE_KEY)
     try:
         if isinstance(described, dict) and isinstance(described["config"], dict):

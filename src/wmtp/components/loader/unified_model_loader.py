@@ -11,14 +11,14 @@ import torch
 from wmtp.components.base import Component
 from wmtp.components.loader.builtin import MICRO_LLAMA, build_micro_llama
 from wmtp.components.loader.sources import open_source
+from wmtp.components.loader.step_stores import find_checkpoint
 from wmtp.components.loader.training_state import read_training_state
 from wmtp.components.registry import loader_registry
-from wmtp.exceptions import ModelLoadError
 from wmtp.modeling import MTPModel
 from wmtp.modeling.formats.kinds import ModelKind, detect_causal_lm
 from wmtp.modeling.formats.load import assemble, read_parts
 from wmtp.modeling.formats.parts import LoadedParts
-from wmtp.modeling.formats.sources import LocalSource, ModelSource
+from wmtp.modeling.formats.sources import ModelSource
 from wmtp.modeling.heads import Adapter, HeadForm, HeadRequest
 from wmtp.modeling.state_dict import set_precision
 from wmtp.settings import Config
@@ -98,7 +98,7 @@ class UnifiedModelLoader(Component[ModelLoaderContext, LoadedModel]):
         else:
             source = open_source(self.config, context.model_path)
             kind = detect_causal_lm(source)
-            model = assemble(MTPModel, _read(source, kind, context), request, str(source))
+            model = assemble(MTPModel, self._read(source, kind, context), request, str(source))
         metadata = {
             "training_algorithm": "mtp",
             "horizon": model.horizon,
@@ -107,13 +107,7 @@ class UnifiedModelLoader(Component[ModelLoaderContext, LoadedModel]):
         }
         return LoadedModel(model, metadata)
 
-
-def _read(source: ModelSource, kind: ModelKind, context: ModelLoaderContext) -> LoadedParts:
-    if kind is ModelKind.WMTP_CHECKPOINT:
-        if not isinstance(source, LocalSource):
-            raise ModelLoadError(
-                f"{source} is {kind.description}, which is only read from a local directory",
-                remedy="copy it here, or write the model it holds with `wmtp export`",
-            )
-        return read_training_state(source.directory, dtype=context.dtype)
-    return read_parts(source, kind, dtype=context.dtype, trust_remote_code=context.trust_remote_code)
+    def _read(self, source: ModelSource, kind: ModelKind, context: ModelLoaderContext) -> LoadedParts:
+        if kind is ModelKind.WMTP_CHECKPOINT:
+            return read_training_state(find_checkpoint(self.config, str(source)), dtype=context.dtype)
+        return read_parts(source, kind, dtype=context.dtype, trust_remote_code=context.trust_remote_code)

@@ -25,7 +25,7 @@ PARAMS_FILE = "params.json"
 STARLING_HEAD = "v_head.weight"
 _NATIVE_WEIGHTS = re.compile(r"consolidated(\.\d+)?\.pth")
 _STEP_FOLDER = re.compile(r"step-\d+")
-_STEP_FILES = frozenset({"manifest.json", "state.json", "model.safetensors"})
+_STEP_FILES = frozenset({"manifest.json", "state.json", "index.json"})
 # Written by trainers beside the weights of a model; no model.
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
 
@@ -85,7 +85,9 @@ def detect_kind(source: ModelSource) -> ModelKind:
         found.append(ModelKind.STARLING_REWARD if is_starling else kind)
     if PARAMS_FILE in names and _has_native_weights(names):
         found.append(ModelKind.META_NATIVE)
-    if names >= _STEP_FILES or any(_STEP_FOLDER.fullmatch(folder) for folder in source.subfolders()):
+    # In an object store the files of a step lie one level deeper, and its manifest names them.
+    is_remote_step = "manifest.json" in names and _STEP_FOLDER.fullmatch(str(source).rpartition("/")[2])
+    if names >= _STEP_FILES or is_remote_step or any(map(_STEP_FOLDER.fullmatch, source.subfolders())):
         found.append(ModelKind.WMTP_CHECKPOINT)
     if not found and _has_starling_head(source, names):
         found.append(ModelKind.STARLING_REWARD)

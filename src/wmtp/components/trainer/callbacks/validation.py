@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wmtp.components.trainer.callbacks.base import Callback
 from wmtp.tracking import Tracker
@@ -21,6 +21,11 @@ class ValidationCallback(Callback):
         self.tracker = tracker
         self.every_steps = every_steps
         self._last_step = -1
+        self._latest: dict[str, float] = {}
+
+    def measured(self, step: int, metric: str) -> float | None:
+        """A metric as measured at a step; None where it was not measured there."""
+        return self._latest.get(metric) if step == self._last_step else None
 
     def on_step_end(self, run: TrainingRun, result: StepResult) -> None:
         """Measure when it is time."""
@@ -32,6 +37,15 @@ class ValidationCallback(Callback):
         if run.stop_reason is None and self._last_step != run.step:
             self._validate(run)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The step that was measured last."""
+        return {"last_step": self._last_step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self._last_step = int(state["last_step"])
+
     def _validate(self, run: TrainingRun) -> None:
         self._last_step = run.step
-        self.tracker.log_metrics(self.measure(), run.step)
+        self._latest = self.measure()
+        self.tracker.log_metrics(self._latest, run.step)

@@ -1,0 +1,75 @@
+"""From a path to the step folders of a run, wherever these are."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from wmtp.distributed.checkpoint import find_latest_valid
+from wmtp.distributed.checkpoint_reading import Checkpoint
+from wmtp.distributed.checkpoint_store import STEP_NAME, LocalStore, StepStore
+from wmtp.exceptions import CheckpointError
+from wmtp.settings import Config
+from wmtp.storage import PathResolver, S3Store, create_s3_manager
+
+logger = logging.getLogger(__name__)
+
+_REMEDY = "give a run folder or one of its step-N folders"
+
+
+def open_run_store(config: Config, run: str) -> StepStore:
+    """The step folders of a run: a local folder or an `s3://` address.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    where, resolved = PathResolver().resolve(run)
+    if where == "s3":
+        return S3Store(create_s3_manager(config), resolved)
+    if where not in ("local", "hub"):
+        raise CheckpointError(f"there are no training checkpoints at {run}", remedy=_REMEDY)
+    # `runs/mine` has the form of a hub id, but checkpoints are never on the hub.
+    return LocalStore(run if where == "hub" else resolved)
+
+
+def open_fallback_store(config: Config, run: str) -> LocalStore | None:
+    """Where checkpoints of a run on S3 go while S3 is away; None where there is no such place."""
+    if config.s3.fallback_dir is None or PathResolver().resolve(run)[0] != "s3":
+        return None
+    return LocalStore(Path(config.s3.fallback_dir) / run.rstrip("/").rpartition("/")[2])
+
+
+def find_checkpoint(config: Config, path: str) -> Checkpoint:
+    """A `step-N` folder, verified, or of a run folder the newest valid one, with a warning for each skipped.
+
+    Of a run on S3 whose last saves went to `s3.fallback_dir`, those count too.
+
+    Raises:
+        CheckpointError: there is none that is whole.
+        StorageError: S3 cannot be reached.
+    """
+    run, _, last = path.rstrip("/").rpartition("/")
+    if STEP_NAME.match(last):
+        checkpoint = Checkpoint(open_run_store(config, run or "."), last)
+        checkpoint.verify()
+        return checkpoint
+    stores: list[StepStore] = [open_run_store(config, path)]
+    fallback = open_fallback_store(config, path)
+    if fallback is not None:
+        stores.append(fallback)
+    found: list[Checkpoint] = []
+    skipped: list[tuple[str, str]] = []
+    for store in stores:
+        checkpoint_here, skipped_here = find_latest_valid(store)
+        skipped += [(store.uri(name), reason) for name, reason in skipped_here]
+        if checkpoint_here is not None:
+            found.append(checkpoint_here)
+    for uri, reason in skipped:
+        logger.warning("checkpoint %s was skipped: %s", uri, reason)
+    if not found:
+        raise CheckpointError(
+            f"{stores[0].uri()} holds no valid checkpoint"
+            + "".join(f"\n  {uri}: {reason}" for uri, reason in skipped),
+            remedy=_REMEDY if not skipped else "start the run anew without --resume",
+        )
+    return max(found, key=lambda checkpoint: checkpoint.info.sequence)
