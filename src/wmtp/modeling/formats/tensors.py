@@ -10,9 +10,7 @@ import io
 import json
 import math
 import operator
-import re
 import threading
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +27,13 @@ from wmtp.modeling.formats.sources import (
     check_plain_name,
     read_source_json,
 )
+from wmtp.modeling.formats.torch_files import load_torch_file, unreadable
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 # In the order of `SINGLE_FILES`: the index of the shards of each.
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # The format's own bound, which its library keeps too.
 _MAX_HEADER_BYTES = 100_000_000
-# A torch file's pickle holds names and shapes, about 100 bytes a tensor; tensors are records of their own.
-_MAX_PICKLE_BYTES = 256 * 2**20
 _SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -54,7 +51,6 @@ _SAFETENSORS_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_FETCH_AGAIN = "the file is damaged; fetch or save it again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +173,7 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, framework="pt") as reader:
             return {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise _unreadable(str(file), "safetensors", error) from error
+        raise unreadable(str(file), "safetensors", error) from error
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -257,7 +253,7 @@ def _map_safetensors(path: Path) -> list[StoredTensor]:
         reader: Any = safe_open(path, framework="pt")
         slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise _unreadable(str(path), "safetensors", error) from error
+        raise unreadable(str(path), "safetensors", error) from error
 
     def stored(name: str, piece: Any) -> StoredTensor:
         return StoredTensor(
@@ -281,7 +277,7 @@ def _stream_safetensors(file: str, stream: BinaryIO) -> list[StoredTensor]:
             if name != "__metadata__"
         ]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
-        raise _unreadable(file, "safetensors", error) from error
+        raise unreadable(file, "safetensors", error) from error
     lock = threading.Lock()
 
     def stored(name: str, dtype_name: str, shape: tuple[int, ...], begin: int, end: int) -> StoredTensor:
@@ -289,14 +285,14 @@ def _stream_safetensors(file: str, stream: BinaryIO) -> list[StoredTensor]:
         num_bytes = math.prod(shape) * dtype.itemsize
         if min(shape, default=0) < 0 or not 0 <= begin <= end <= size or end - begin != num_bytes:
             problem = f"its header gives tensor {name!r} {list(shape)} the bytes {begin} to {end} of {size}"
-            raise _unreadable(file, "safetensors", problem)
+            raise unreadable(file, "safetensors", problem)
 
         def read() -> Tensor:
             with lock:  # several threads read, and the stream has one position
                 stream.seek(start + begin)
                 content = bytearray(stream.read(num_bytes))
             if len(content) != num_bytes:
-                raise _unreadable(file, "safetensors", f"it ends within tensor {name!r}")
+                raise unreadable(file, "safetensors", f"it ends within tensor {name!r}")
             if not content:
                 return torch.empty(shape, dtype=dtype)
             return torch.frombuffer(content, dtype=dtype).reshape(shape)
@@ -332,69 +328,26 @@ def _dtype(file: str, name: str, dtype: str) -> torch.dtype:
 
 
 def _open_torch(source: ModelSource, name: str) -> list[StoredTensor]:
-    path = source.find(name)
-    file = f"{source}/{name}" if path is None else str(path)
-    with source.open(name) as stream:
-        is_zip = _check_zip(file, stream)
-        stream.seek(0)
-        try:
-            # What is not on this machine is read whole; a local file is mapped, if it is not of the format
-            # before torch 1.6.
-            loaded = torch.load(
-                path or stream, map_location="cpu", weights_only=True, mmap=path is not None and is_zip
-            )
-        # A hostile pickle can make its reader raise anything.
-        except Exception as error:
-            raise _unreadable(file, "torch", _pickle_problem(error)) from error
+    loaded = load_torch_file(source, name)
+    file = f"{source}/{name}"
     if not isinstance(loaded, dict):
-        raise _unreadable(file, "torch", f"it holds {type(loaded).__name__}, not tensors by name")
-    return [_stored_in_torch(file, tensor_name, value) for tensor_name, value in loaded.items()]
+        raise unreadable(file, "torch", f"it holds {type(loaded).__name__}, not tensors by name")
+    return [stored_in_torch(file, tensor_name, value) for tensor_name, value in loaded.items()]
 
 
-def _stored_in_torch(file: str, name: object, value: object) -> StoredTensor:
+def stored_in_torch(file: str, name: object, value: object) -> StoredTensor:
+    """Take an entry of a torch file for a tensor.
+
+    Raises:
+        ModelLoadError: it is none, or claims more numbers than the file has.
+    """
     if not isinstance(name, str) or not isinstance(value, Tensor):
         problem = f"the entry {name!r} is {type(value).__name__}, not a tensor"
-        raise _unreadable(file, "torch", problem)
+        raise unreadable(file, "torch", problem)
     tensor = value.detach()
     is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
     # A few bytes with strides of 0 can claim any size, which a copy would then have.
     if not is_plain or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
         problem = f"tensor {name!r} {list(tensor.shape)} is not stored as plain numbers of this many"
-        raise _unreadable(file, "torch", problem)
+        raise unreadable(file, "torch", problem)
     return StoredTensor(name, file, tuple(tensor.shape), tensor.dtype, lambda: tensor)
-
-
-def _check_zip(file: str, stream: BinaryIO) -> bool:
-    """Whether the file is in torch's zip format; if so it must unpack to what it is, and to no more.
-
-    Raises:
-        ModelLoadError: it is cut off, or its entries unpack to more bytes than the file has.
-    """
-    total = stream.seek(0, io.SEEK_END)
-    stream.seek(0)
-    if stream.read(4) != b"PK\x03\x04":
-        return False
-    try:
-        with zipfile.ZipFile(stream) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
-        raise _unreadable(file, "torch", error) from error
-    for entry in entries:
-        if entry.compress_type != zipfile.ZIP_STORED:
-            raise _unreadable(file, "torch", f"its entry {entry.filename!r} is compressed")
-        if entry.filename.endswith("data.pkl") and entry.file_size > _MAX_PICKLE_BYTES:
-            raise _unreadable(file, "torch", f"its entry {entry.filename!r} has {entry.file_size} bytes")
-    if sum(entry.file_size for entry in entries) > total:
-        raise _unreadable(file, "torch", "its entries claim more bytes than it has")
-    return True
-
-
-def _pickle_problem(error: Exception) -> str:
-    wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if wanted is not None:
-        return f"its pickle asks for {wanted[1]}, which is code and not data; nothing of it was run"
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _unreadable(file: str, kind: str, problem: object) -> ModelLoadError:
-    return ModelLoadError(f"{file} is not a readable {kind} file: {problem}", remedy=_FETCH_AGAIN)
