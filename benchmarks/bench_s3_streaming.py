@@ -201,7 +201,10 @@ def main() -> None:
     from s3_server import run_s3_server
 
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder, run_s3_server(Path(folder) / "s3") as server:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        run_s3_server(Path(folder) / "s3", num_volumes=100) as server,
+    ):
         settings = server.settings.model_copy(
             update={"max_concurrency": options.concurrency, "part_size_mib": options.part_size_mib}
         )
