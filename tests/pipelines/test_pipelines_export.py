@@ -253,8 +253,8 @@ def test_a_native_model_is_evaluated_from_its_folder_and_exported_in_its_own_pre
     native = tmp_path / "native"
     options = ExportOptions(format="meta", dtype="bf16")
     run_export_pipeline(str(model), native, options=options)
-    assert locate_model(str(native)).path == str(native)
-    assert not locate_model(str(native)).is_training_state
+    assert locate_model(Config(), str(native)).path == str(native)
+    assert not locate_model(Config(), str(native)).is_training_state
     again = run_export_pipeline(str(native), tmp_path / "again", options=ExportOptions(format="meta"))
     assert again.dtype == run_export_pipeline(str(native), tmp_path / "hf").dtype == "bf16"
     settings = ("--config", str(CONFIGS / "config.local_test.yaml"))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from wmtp.components.loader.step_stores import find_checkpoint
+from wmtp.components.loader.step_stores import find_checkpoint, run_of
 from wmtp.components.loader.training_state import holds_adapters_only
 from wmtp.components.tokenizer import HfTokenizer
+from wmtp.distributed.checkpoint_store import STEP_NAME
 from wmtp.exceptions import CheckpointError
 from wmtp.modeling import MTPModel
 from wmtp.modeling.formats.kinds import PARAMS_FILE
@@ -19,9 +20,12 @@ from wmtp.pipelines.environment import Environment
 from wmtp.pipelines.models import load_base, load_tokenizer
 from wmtp.pipelines.outputs import RunOptions
 from wmtp.settings import Config, Recipe, require_model
-from wmtp.storage import PathResolver
+from wmtp.storage import PathResolver, create_s3_manager
 
-_REMEDY = "give a run folder (runs/models/<run>), a step-N folder, an export, a model folder or a model id"
+_REMEDY = (
+    "give a run folder (runs/models/<run>), a step-N folder, runs:/<MLflow id>, an export, "
+    "a model folder or a model id"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +41,38 @@ class LocatedModel:
     is_training_state: bool
 
 
-def locate_model(path: str) -> LocatedModel:
-    """Find what `path` names: an export in it, a model folder or id, or training checkpoints.
+def locate_model(config: Config, path: str) -> LocatedModel:
+    """Find what `path` names: an export in it, a model folder or id, training checkpoints, or an MLflow run.
 
     Raises:
-        CheckpointError: a local path that does not exist or holds neither.
+        CheckpointError: a local path that does not exist or holds neither; an MLflow run without checkpoints.
+        StorageError: S3 does not give it.
     """
     resolver = PathResolver()
     kind, resolved = resolver.resolve(path)
+    if kind == "runs":
+        return locate_model(config, run_of(config, path))
+    if kind == "s3":
+        folder = create_s3_manager(config).folder(resolved)
+        if "final" in folder.subfolders():
+            return LocatedModel(f"{folder}/final", is_training_state=False)
+        is_step = STEP_NAME.match(resolved.rstrip("/").rpartition("/")[2]) is not None
+        holds_steps = any(map(STEP_NAME.match, folder.subfolders()))
+        return LocatedModel(resolved, is_training_state=is_step or holds_steps)
     if kind != "local":
         return LocatedModel(resolved, is_training_state=False)
-    folder = Path(resolved)
+    return _locate_local(path, Path(resolved))
+
+
+def _locate_local(path: str, folder: Path) -> LocatedModel:
     if (folder / "final" / CONFIG_FILE).is_file():
         return LocatedModel(str(folder / "final"), is_training_state=False)
     # Before models in general: a step holds a file of weights too.
     is_described = any((folder / name).is_file() for name in (CONFIG_FILE, PARAMS_FILE))
     if not is_described and (folder.name.startswith("step-") or any(folder.glob("step-*"))):
         return LocatedModel(str(folder), is_training_state=True)
-    if resolver.is_model_path(resolved):
-        return LocatedModel(resolved, is_training_state=False)
+    if PathResolver().is_model_path(folder):
+        return LocatedModel(str(folder), is_training_state=False)
     if not folder.exists():
         raise CheckpointError(f"{path} does not exist", remedy=_REMEDY)
     if not folder.is_dir():

@@ -63,7 +63,7 @@ def run_evaluation_pipeline(
         )
     # 1. What: the checkpoint, its tokenizer, the data of every measurement.
     environment = prepare_environment(config, recipe)
-    located = locate_model(checkpoint_path)
+    located = locate_model(config, checkpoint_path)
     model, tokenizer = load_located(config, recipe, environment, located, options)
     check_vocabulary(tokenizer, model)
     data = prepare_validation(config, recipe, tokenizer, model.horizon)

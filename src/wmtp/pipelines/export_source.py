@@ -207,7 +207,7 @@ def read_source(checkpoint: str, *, trust_remote_code: bool) -> ExportSource:
                 remedy=f"give that folder, such as runs/models/{resolved.removeprefix('builtin:')}",
             )
         return ExportSource(path=resolved, files=None, checkpoint=None, trust_remote_code=trust_remote_code)
-    located = locate_model(checkpoint)
+    located = locate_model(Config(), checkpoint)
     step = find_checkpoint(Config(), located.path) if located.is_training_state else None
     path = located.path if step is None else step.info.uri
     files = open_source(Config(), path)

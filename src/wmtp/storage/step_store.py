@@ -72,7 +72,7 @@ class S3Store:
     @contextmanager
     def open(self, name: str, file: str) -> Iterator[ByteSource]:
         """See `StepStore.open`."""
-        with self._manager.stream_model(f"{self.uri(name)}/{file}") as stream:
+        with self._manager.open_sequential(f"{self.uri(name)}/{file}") as stream:
             yield cast(ByteSource, stream)
 
     def draft(self, name: str, draft_id: str) -> _S3Draft:

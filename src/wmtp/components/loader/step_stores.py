@@ -11,10 +11,11 @@ from wmtp.distributed.checkpoint_store import STEP_NAME, LocalStore, StepStore
 from wmtp.exceptions import CheckpointError
 from wmtp.settings import Config
 from wmtp.storage import PathResolver, S3Store, create_s3_manager
+from wmtp.tracking.lookup import resolve_run_uri
 
 logger = logging.getLogger(__name__)
 
-_REMEDY = "give a run folder or one of its step-N folders"
+_REMEDY = "give a run folder, one of its step-N folders, or runs:/<MLflow id>"
 
 
 def open_run_store(config: Config, run: str) -> StepStore:
@@ -39,15 +40,28 @@ def open_fallback_store(config: Config, run: str) -> LocalStore | None:
     return LocalStore(Path(config.s3.fallback_dir) / run.rstrip("/").rpartition("/")[2])
 
 
-def find_checkpoint(config: Config, path: str) -> Checkpoint:
-    """A `step-N` folder, verified, or of a run folder the newest valid one, with a warning for each skipped.
+def run_of(config: Config, mlflow_run: str) -> str:
+    """The folder of the checkpoints that the MLflow run `runs:/<id>` has recorded.
 
+    Raises:
+        CheckpointError: there is no such run, or it has recorded none.
+    """
+    newest = resolve_run_uri(config, mlflow_run, open_store=lambda: create_s3_manager(config))[0]
+    return newest.rpartition("/")[0]
+
+
+def find_checkpoint(config: Config, path: str) -> Checkpoint:
+    """A `step-N` folder, verified; of a run folder or an MLflow run the newest valid one.
+
+    Newer ones that cannot be used are named in warnings.
     Of a run on S3 whose last saves went to `s3.fallback_dir`, those count too.
 
     Raises:
         CheckpointError: there is none that is whole.
         StorageError: S3 cannot be reached.
     """
+    if path.startswith("runs:/"):
+        path = run_of(config, path)
     run, _, last = path.rstrip("/").rpartition("/")
     if STEP_NAME.match(last):
         checkpoint = Checkpoint(open_run_store(config, run or "."), last)
