@@ -121,10 +121,11 @@ def test_what_was_missed_is_delivered_in_order_when_the_store_is_back(tmp_path: 
 def test_a_store_that_is_away_for_long_loses_no_entry(tmp_path: Path) -> None:
     tracker, recorder = _composite(tmp_path, retry_s=0.001)
     recorder.is_down = True
+    for step in range(10):
+        tracker.log_metrics({"x": 1.0}, step)
     with pytest.warns(TrackingWarning, match="Tracking failed"):
-        for step in range(10):
-            tracker.log_metrics({"x": 1.0}, step)
-            time.sleep(0.02)
+        tracker.flush()
+    time.sleep(0.2)
     recorder.is_down = False
     tracker.finish()
     assert recorder.calls == [*(("metrics", step) for step in range(10)), ("finish", "finished")]

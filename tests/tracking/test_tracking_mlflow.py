@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import re
 import shutil
 import sqlite3
 import warnings
@@ -12,15 +14,19 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from wmtp.exceptions import UserInputError
+from wmtp.exceptions import CheckpointError, UserInputError
 from wmtp.settings import Config
 from wmtp.tracking import (
     CompositeTracker,
     TrackingWarning,
+    checkpoints_of,
     create_mlflow_manager,
     create_tracker,
+    download_model_artifact,
     read_metrics,
+    resolve_run_uri,
 )
+from wmtp.tracking.checkpoint_records import CheckpointRecord, checkpoint_records
 from wmtp.tracking.mlflow_tracker import MLflowManager, resolve_tracking_uri
 
 
@@ -187,6 +193,112 @@ def test_a_resumed_tracker_continues_both_records(store: Path, tmp_path: Path) -
         second.finish()
     assert second.run_id == first.run_id
     assert [row["step"] for row in read_metrics(tmp_path / "run/metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_resume_takes_back_later_steps_and_what_mlflow_shows_as_latest(store: Path) -> None:
+    first = MLflowManager(str(store), experiment="e")
+    other = MLflowManager(str(store), experiment="e")
+    for step in (10, 20, 30):
+        first.log_metrics({"x": float(step), "late" if step == 30 else "early": 1.0}, step)
+        other.log_metrics({"x": float(step)}, step)
+    first.log_metrics({"x": 5.0, "nan": math.nan}, 20)
+    resumed = MLflowManager(str(store), experiment="e", run_id=first.run_id, resume_step=20)
+    data = resumed.client.get_run(first.run_id).data
+    assert math.isnan(data.metrics.pop("nan"))
+    assert data.metrics == {"x": 5.0, "early": 1.0}
+    resumed.log_metrics({"x": 31.0}, 30)
+    history = resumed.client.get_metric_history(first.run_id, "x")
+    assert [(entry.step, entry.value) for entry in history] == [(10, 10.0), (20, 20.0), (20, 5.0), (30, 31.0)]
+    assert resumed.client.get_run(first.run_id).data.metrics["x"] == 31.0
+    assert len(resumed.client.get_metric_history(other.run_id, "x")) == 3, "other runs keep theirs"
+
+
+def test_metrics_that_mlflow_missed_are_sent_at_a_resume(store: Path, tmp_path: Path) -> None:
+    first = create_tracker(tmp_path / "run", experiment="e", tracking_uri=str(store))
+    first.log_metrics({"x": 1.0}, 1)
+    assert first.flush()
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "time": 1767225600.125, "x": 2.0, "y": null, "nonfinite": {"y": "nan"}}\n')
+        file.write('{"step": 3, "time": 1767225601.0, "x": 3.0}\n')
+    second = create_tracker(
+        tmp_path / "run", experiment="e", tracking_uri=str(store), run_id=first.run_id, resume_step=2
+    )
+    second.finish()
+    client = MlflowClient(tracking_uri=f"sqlite:///{store}/mlflow.db")
+    history = client.get_metric_history(str(first.run_id), "x")
+    assert {(entry.step, entry.value) for entry in history} == {(1, 1.0), (2, 2.0)}
+    assert {entry.timestamp for entry in history if entry.step == 2} == {1767225600125}
+    assert math.isnan(client.get_metric_history(str(first.run_id), "y")[0].value)
+
+
+def test_the_same_entry_sent_twice_is_there_once(store: Path) -> None:
+    manager = MLflowManager(str(store), experiment="e")
+    for _ in range(2):
+        manager.log_metrics({"x": 1.0, "y": math.nan, "z": -math.inf}, 7, time_ms=1767225600000)
+    for key in "xyz":
+        assert len(manager.client.get_metric_history(manager.run_id, key)) == 1
+
+
+def test_checkpoints_are_recorded_and_found_by_their_run(store: Path) -> None:
+    config = Config.model_validate({"mlflow": {"tracking_uri": str(store)}})
+    manager = MLflowManager(str(store), experiment="e")
+    with pytest.raises(CheckpointError, match="has recorded no checkpoint"):
+        resolve_run_uri(config, f"runs:/{manager.run_id}")
+    for step, loss in ((2, 0.5), (10, math.nan), (9, 0.25), (2, 0.75)):
+        manager.log_checkpoint(CheckpointRecord(step, f"/runs/한글/step-{step}", {"train/loss": loss}, "ab"))
+    manager.set_tags({"checkpoints/step_11": "of somebody else", "checkpoints/step_12": "[]"})
+    records = checkpoints_of(config, manager.run_id)
+    assert [(record.step, record.metrics) for record in records] == [
+        (10, {}),
+        (9, {"train/loss": 0.25}),
+        (2, {"train/loss": 0.75}),
+    ]
+    assert records[0].manifest_sha256 == "ab"
+    expected = [f"/runs/한글/step-{step}" for step in (10, 9, 2)]
+    assert resolve_run_uri(config, f"runs:/{manager.run_id}") == expected
+    tag = manager.client.get_run(manager.run_id).data.tags["checkpoints/step_9"]
+    assert json.loads(tag) == {
+        "step": 9,
+        "uri": "/runs/한글/step-9",
+        "manifest_sha256": "ab",
+        "metrics": {"train/loss": 0.25},
+    }
+
+
+@pytest.mark.parametrize("uri", ["runs:/", "runs:/a/b", "run", "runs:/" + "0123" * 8])
+def test_a_name_of_no_run_is_a_clear_error(store: Path, uri: str) -> None:
+    config = Config.model_validate({"mlflow": {"tracking_uri": str(store)}})
+    with pytest.raises(CheckpointError, match=re.escape(uri.removeprefix("runs:/") or uri)):
+        resolve_run_uri(config, uri)
+
+
+def test_a_record_always_fits_a_tag() -> None:
+    metrics = {f"train/metric_number_{number}": number / 7 for number in range(1000)}
+    key, value = CheckpointRecord(3, "s3://bucket/" + "x" * 1000, metrics, "ab" * 32).to_tag()
+    assert key == "checkpoints/step_3"
+    assert len(value) <= 5000
+    record = checkpoint_records({key: value})[0]
+    assert len(record.metrics) > 50
+    assert record.metrics.items() <= metrics.items()
+
+
+def test_a_model_is_registered_once_a_run_in_the_registry_that_is_named(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "head").mkdir()
+    registry = str(tmp_path / "registry")
+    shutil.copytree(store, registry)
+    config = Config.model_validate({"mlflow": {"tracking_uri": str(store), "registry_uri": registry}})
+    for number in (1, 2):
+        manager = MLflowManager(str(store), experiment="e", registry_uri=registry)
+        for text in ("first", "second"):
+            (tmp_path / "head/value_head.safetensors").write_text(f"{text} {number}")
+            manager.log_model("head", tmp_path / "head", "critic/value_head")
+        manager.finish()
+        tags = manager.client.get_run(manager.run_id).data.tags
+        assert tags["model.head"] == f"models:/head/{number}"
+        folder = download_model_artifact(config, f"models:/head/{number}", tmp_path / f"got{number}")
+        assert (folder / "value_head.safetensors").read_text() == f"second {number}"
+    assert len(MlflowClient(registry_uri=f"sqlite:///{registry}/mlflow.db").search_model_versions()) == 2
+    assert not MlflowClient(registry_uri=f"sqlite:///{store}/mlflow.db").search_model_versions()
 
 
 def test_a_config_gives_the_tracker_it_describes(store: Path, tmp_path: Path) -> None:

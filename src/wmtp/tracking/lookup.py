@@ -69,13 +69,13 @@ def checkpoints_of(
 
 def download_model_artifact(
     config: Config, uri: str, folder: Path, *, open_store: OpenStore | None = None
-) -> None:
-    """Copy the files of a registered model into a local folder.
+) -> Path:
+    """Copy the files of a registered model into a local folder; return the folder that holds them.
 
     Args:
         config: its tracking store and registry.
         uri: `models:/<name>/<version>` or `models:/<name>@<alias>`.
-        folder: where they go; made where absent.
+        folder: where they go, or a folder of theirs in it; made where absent.
         open_store: gives access to S3.
 
     Raises:
@@ -102,8 +102,10 @@ def download_model_artifact(
             source = client.get_model_version_download_uri(match["name"], str(version))
             if is_s3(source):
                 download_artifacts(open_object_store(open_store, source), source, folder)
-            else:
+                return folder
+            return Path(
                 mlflow_download(artifact_uri=source, dst_path=str(folder), tracking_uri=client.tracking_uri)
+            )
         except (MlflowException, OSError) as error:
             raise ModelLoadError(
                 f"{uri} cannot be had from {address}: {str(error).strip().partition(chr(10))[0]}",

@@ -66,12 +66,14 @@ def set_merged_etag(database: sqlite3.Connection, run_id: str, etag: str) -> Non
 
 def is_database(content: bytes) -> bool:
     """Whether `content` is a whole MLflow database."""
+    if not content:
+        return False
     with closing(sqlite3.connect(":memory:")) as database:
         try:
             database.deserialize(content)
             is_whole = database.execute("PRAGMA quick_check").fetchone() == ("ok",)
             return is_whole and database.execute("SELECT count(*) FROM runs").fetchone() is not None
-        except (sqlite3.Error, OverflowError):
+        except sqlite3.Error:
             return False
 
 

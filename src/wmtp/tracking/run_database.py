@@ -56,12 +56,12 @@ class RunDatabase:
         """
         key = run_key(self.prefix, run_id)
         try:
-            content, self._etag = self.store.read_bytes(key)
+            content, etag = self.store.read_bytes(key)
         except StorageMissingError:
             return False
         database = unpack_database(content, key)
-        self._published = hashlib.sha256(database).hexdigest()
         self.path.write_bytes(database)
+        self._etag, self._published = etag, hashlib.sha256(database).hexdigest()
         return True
 
     def publish(self, run_id: str) -> None:
