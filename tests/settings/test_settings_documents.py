@@ -129,12 +129,12 @@ def test_no_default_is_unavailable_and_the_table_names_only_fields() -> None:
 
 
 def test_settings_built_in_code_are_refused_where_not_available() -> None:
-    config = Config.model_validate({"devices": {"strategy": "ddp"}, "paths": {"output": "s3://b/o"}})
+    config = Config.model_validate({"devices": {"strategy": "ddp"}, "paths": {"output": "gs://b/o"}})
     with pytest.raises(ConfigError) as caught:
         require_available(config)
     assert [(p.key, p.value) for p in caught.value.problems] == [
         ("devices.strategy", "ddp"),
-        ("paths.output", "s3://b/o"),
+        ("paths.output", "gs://b/o"),
     ]
 
 

@@ -138,6 +138,29 @@ def test_a_horizon_longer_than_the_sequence_is_refused_at_its_line(write: Writer
     assert "data.train.max_length (8)" in problem.rule
 
 
+@pytest.mark.parametrize(
+    ("train", "key", "rule"),
+    [
+        ("keep_best: 2, save_every_steps: 5", "train.keep_best", "train.eval_every_steps is null"),
+        ("keep_best: 2, eval_every_steps: 5", "train.keep_best", "train.save_every_steps is null"),
+        ("permanent_every_steps: 10", "train.permanent_every_steps", "a multiple of train.save_every_steps"),
+        (
+            "permanent_every_steps: 10, save_every_steps: 4",
+            "train.permanent_every_steps",
+            "a multiple of train.save_every_steps",
+        ),
+        ("keep_best: -1", "train.keep_best", "must be at least 0"),
+        ("best_mode: low", "train.best_mode", "must be one of min or max"),
+    ],
+)
+def test_checkpoints_that_could_never_be_kept_are_refused(
+    write: Writer, train: str, key: str, rule: str
+) -> None:
+    problem = only(lambda: load_recipe(write(RECIPE.replace("max_steps: 100", f"max_steps: 100, {train}"))))
+    assert problem.key == key
+    assert rule in problem.rule
+
+
 def test_a_default_that_breaks_a_rule_is_shown_with_its_value(write: Writer) -> None:
     problem = only(lambda: load_recipe(write(RECIPE.replace("[microcode]", "[microcode], max_length: 3"))))
     assert (problem.key, problem.value) == ("model.mtp.horizon", "4")
@@ -225,7 +248,7 @@ def test_a_path_that_no_file_can_have_is_a_problem() -> None:
 
 def test_what_the_schema_knows_but_this_version_cannot_do_is_refused(write: Writer) -> None:
     config = write(
-        "paths: {models: {base: 'gs://b/m'}, output: 's3://b/o'}\n"
+        "paths: {models: {base: 'gs://b/m'}, output: 'gs://b/o'}\n"
         "devices: {strategy: fsdp2}\nlauncher: {target: slurm, resources: {gpus: 2}}\n",
         "config.yaml",
     )

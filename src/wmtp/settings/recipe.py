@@ -43,6 +43,7 @@ class Recipe(Section):
 def _find_violations(recipe: Recipe) -> Iterator[Violation]:
     """Check the rules that span several fields."""
     yield from _check_train(recipe)
+    yield from _check_checkpoints(recipe)
     yield from _check_rewards(recipe)
     yield from _check_heads(recipe)
     yield from _check_trainable(recipe)
@@ -86,6 +87,27 @@ def _check_train(recipe: Recipe) -> Iterator[Violation]:
             f"is below data.train.max_length ({data.max_length}), so a full row never fits",
             f"set it to at least {data.max_length}, or lower data.train.max_length",
             ("data.train.max_length",),
+        )
+
+
+def _check_checkpoints(recipe: Recipe) -> Iterator[Violation]:
+    """What is kept for ever or as the best must be saved, and measured, in the first place."""
+    train = recipe.train
+    every, permanent = train.save_every_steps, train.permanent_every_steps
+    if train.keep_best > 0 and (every is None or train.eval_every_steps is None):
+        missing = "train.save_every_steps" if every is None else "train.eval_every_steps"
+        yield Violation(
+            "train.keep_best",
+            f"needs checkpoints that were measured on the way, and {missing} is null",
+            f"set {missing}, or train.keep_best to 0",
+            (missing,),
+        )
+    if permanent is not None and (every is None or permanent % every != 0):
+        yield Violation(
+            "train.permanent_every_steps",
+            f"must be a multiple of train.save_every_steps ({every}), or no such step is saved",
+            "set it to a multiple, or to null",
+            ("train.save_every_steps",),
         )
 
 
