@@ -13,6 +13,7 @@ from wmtp.components.scorer import CriticScorer, Scorer
 from wmtp.components.trainer import TrainerContext
 from wmtp.components.trainer.base import autocast_factory
 from wmtp.components.trainer.callbacks import (
+    SAVE_FILE_NAME,
     Callback,
     CheckpointCallback,
     CriticCallback,
@@ -20,7 +21,8 @@ from wmtp.components.trainer.callbacks import (
     MetricsCallback,
     PhaseCallback,
     ProgressCallback,
-    SignalCallback,
+    RequestCallback,
+    StopSignals,
     ValidationCallback,
 )
 from wmtp.components.trainer.callbacks.metrics import measure_peak_flops
@@ -90,6 +92,7 @@ def build_callbacks(
     critic: Critic | None,
     context: TrainerContext,
     late: LateParameters | None,
+    signals: StopSignals,
     saver: CheckpointSaver,
     on_saved: Callable[[CheckpointInfo], None],
 ) -> RunCallbacks:
@@ -101,7 +104,11 @@ def build_callbacks(
         flops_per_token=flops_per_token(model, recipe.data.train.max_length),
         peak_flops=measure_peak_flops(environment.device, environment.precision),
     )
-    callbacks: list[Callback] = [FiniteCallback(train), metrics, ProgressCallback(metrics, paths.name)]
+    callbacks: list[Callback] = [
+        FiniteCallback(train, paths.report, tracker),
+        metrics,
+        ProgressCallback(metrics, paths.name),
+    ]
     if late is not None:
         callbacks.insert(0, PhaseCallback(late))
     critic_callback = _critic_callback(recipe, environment, tracker, data, critic, context)
@@ -123,7 +130,10 @@ def build_callbacks(
         score=lambda step: None if validation is None else validation.measured(step, train.best_metric),
         on_saved=on_saved,
     )
-    return RunCallbacks([*callbacks, SignalCallback(), checkpoint], metrics, checkpoint, critic_callback)
+    # With checkpoints on S3 a file cannot be touched beside them.
+    local = paths.checkpoints if paths.remote is None else paths.report
+    requests = RequestCallback(signals, local / SAVE_FILE_NAME)
+    return RunCallbacks([*callbacks, requests, checkpoint], metrics, checkpoint, critic_callback)
 
 
 def _critic_callback(

@@ -15,6 +15,7 @@ from wmtp.components.scorer import ScorerSetup
 from wmtp.components.tokenizer import HfTokenizer
 from wmtp.components.tokenizer.pairs import TokenizerPair
 from wmtp.components.trainer import TrainerContext
+from wmtp.components.trainer.callbacks import RunStopped, StopSignals
 from wmtp.components.trainer.callbacks.checkpointing import restore_training_state
 from wmtp.evaluation import Task
 from wmtp.exceptions import TrainingInterruptedError
@@ -22,7 +23,13 @@ from wmtp.factory import ComponentFactory
 from wmtp.modeling import LateParameters, MTPModel, choose_trainable
 from wmtp.pipelines.builtin_models import prepare_builtin_model
 from wmtp.pipelines.callbacks import build_callbacks, build_saver, record_checkpoint
-from wmtp.pipelines.critic import Critic, prepare_critic, untrained_critic
+from wmtp.pipelines.critic import (
+    Critic,
+    local_value_head,
+    prepare_critic,
+    register_value_head,
+    untrained_critic,
+)
 from wmtp.pipelines.data import PreparedData, evaluation_tasks, prepare_data
 from wmtp.pipelines.dry_run import measure_longest_batch
 from wmtp.pipelines.environment import (
@@ -36,6 +43,7 @@ from wmtp.pipelines.environment import (
 from wmtp.pipelines.evaluation import evaluate_model
 from wmtp.pipelines.export import export_model, export_state, record_results
 from wmtp.pipelines.export_source import RUN_TOKENIZER
+from wmtp.pipelines.interruption import RunStage
 from wmtp.pipelines.models import check_vocabulary, load_base, load_reference, load_tokenizer
 from wmtp.pipelines.outputs import RunOptions, RunOutputs
 from wmtp.pipelines.remote_output import RemoteOutput
@@ -82,7 +90,19 @@ def run_training_pipeline(
     require_available(recipe)
     if dry_run:
         return _dry_run(config, recipe, options)
+    stage = RunStage()
+    with stage.explained(), StopSignals() as signals:
+        return _train(config, recipe, resume_checkpoint, options, signals, stage)
 
+
+def _train(
+    config: Config,
+    recipe: Recipe,
+    resume_checkpoint: str | None,
+    options: RunOptions,
+    signals: StopSignals,
+    stage: RunStage,
+) -> RunOutputs:
     # 1. Where: device, seeds, the checkpoint to go on from, folders.
     began = time.perf_counter()
     environment = prepare_environment(config, recipe)
@@ -90,6 +110,8 @@ def run_training_pipeline(
     resumed = None if checkpoint is None else checkpoint.run_uri.rpartition("/")[2]
     name = options.run_name or resumed or default_run_name(recipe)
     paths = run_paths(config, name)
+    if checkpoint is not None:
+        stage.resumed(checkpoint.uri, checkpoint.run_uri)
     is_new = name != resumed
     if is_new:
         refuse_existing_run(open_run_store(config, paths.run_uri), paths)
@@ -126,6 +148,7 @@ def run_training_pipeline(
                 critic,
                 context,
                 parts.late,
+                signals,
                 saver,
                 lambda info: record_checkpoint(tracker, remote, paths, info),
             )
@@ -139,7 +162,8 @@ def run_training_pipeline(
             trainer.setup(context)
 
             # 6. Train.
-            result = trainer.run(context)
+            with signals.deferred():
+                result = trainer.run(context)
             if result.stop_reason is not None:
                 status = "interrupted"
                 raise TrainingInterruptedError(
@@ -147,11 +171,15 @@ def run_training_pipeline(
                     f"{callbacks.checkpoint.latest}",
                     remedy=f"go on with --resume {paths.run_uri}",
                 )
+            stage.trained(callbacks.checkpoint.latest or paths.run_uri, paths.run_uri)
+            signals.check()
             train_seconds = time.perf_counter() - began
 
             # 7. The trained model as a plain Hugging Face checkpoint.
             metrics = {**callbacks.metrics.latest, **callbacks.critic_metrics()}
             export_model(config, recipe, parts, paths, metrics)
+            if critic is not None:
+                register_value_head(tracker, critic, paths)
             remote.upload(paths.export)
 
             # 8. Evaluate it.
@@ -168,6 +196,9 @@ def run_training_pipeline(
             )
             tracker.log_artifact(paths.report)
             status = "finished"
+        except RunStopped:
+            status = "interrupted"
+            raise
         finally:
             tracker.finish(status)
             remote.try_upload(paths.report)
@@ -238,19 +269,21 @@ def _prepare_critic(
 ) -> Critic | None:
     if recipe.train.algo != "critic-wmtp":
         return None
-    return prepare_critic(
-        recipe,
-        environment,
-        parts.model,
-        parts.tokenizer,
-        parts.data,
-        folder=paths.checkpoints / "critic",
-        load_scorer=lambda: load_program_scorer(
-            config, recipe, environment, parts.tokenizer, trust_remote_code=options.trust_remote_code
-        ),
-        unsafe_execution=options.unsafe_execution,
-        is_resumed=checkpoint is not None,
-    )
+    with local_value_head(config, recipe.critic.value_head if checkpoint is None else None) as value_head:
+        return prepare_critic(
+            recipe,
+            environment,
+            parts.model,
+            parts.tokenizer,
+            parts.data,
+            folder=paths.checkpoints / "critic",
+            value_head=value_head,
+            load_scorer=lambda: load_program_scorer(
+                config, recipe, environment, parts.tokenizer, trust_remote_code=options.trust_remote_code
+            ),
+            unsafe_execution=options.unsafe_execution,
+            is_resumed=checkpoint is not None,
+        )
 
 
 def _build_trainer_context(
@@ -306,7 +339,9 @@ def _open_tracker(
         open_store=lambda: create_s3_manager(config),
     )
     tracker.log_params({**redacted_dump(config), **redacted_dump(recipe)})
-    write_settings(config, recipe, paths)
+    # Now, and not with the report alone: a run that fails has no report.
+    for file in write_settings(config, recipe, paths):
+        tracker.log_artifact(file)
     return tracker
 
 

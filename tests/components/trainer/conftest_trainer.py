@@ -94,6 +94,33 @@ class Built:
     losses: list[float] = field(default_factory=list)
 
 
+class MemoryTracker:
+    """A tracker that keeps what it is given."""
+
+    run_id = "memory"
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.artifacts: list[str] = []
+
+    def log_params(self, params: Any) -> None:
+        """Nothing asks for them."""
+
+    def log_metrics(self, metrics: Any, step: int) -> None:
+        """Keep a row."""
+        self.rows.append((step, dict(metrics)))
+
+    def log_artifact(self, path: Any, folder: str | None = None) -> None:
+        """Keep its name."""
+        self.artifacts.append(str(path))
+
+    def set_tags(self, tags: Any) -> None:
+        """Nothing asks for them."""
+
+    def finish(self, status: Any = "finished") -> None:
+        """Nothing to close."""
+
+
 class _LossRecorder(Callback):
     def __init__(self, losses: list[float]) -> None:
         self.losses = losses

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from wmtp.components.data.examples import Batch, Bin, Feature
 from wmtp.components.data.packing import PackingSummary, pack_lengths, summarise_packing
+from wmtp.components.data.workers import outlive_sigterm
 from wmtp.exceptions import CheckpointError, DataError, UserInputError
 
 Collator = Callable[[Sequence[Feature | Bin]], Batch]
@@ -258,6 +259,7 @@ class TrainingData:
             batch_sampler=_PlanSampler(self.plan, start_index),
             collate_fn=self._collator,
             num_workers=self._num_workers,
+            worker_init_fn=outlive_sigterm,
             # A loader draws a seed for its workers when iteration starts. Without a generator of its own it
             # would draw from the global one, and a resumed run would differ from an uninterrupted one.
             generator=Generator().manual_seed(0),

@@ -7,6 +7,7 @@ heads.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,3 +104,12 @@ class Rho1ExcessScorer(Scorer):
             "rho1/excess_mean": torch.where(valid_N, scores_N, 0.0).sum() / count,
             "rho1/selected_ratio": ((weights_N > 1.0) & valid_N).sum() / count,
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The strength, and where the random draws of modes `random` and `shuffled` stand."""
+        return {**super().state_dict(), "generator": self._generator.get_state().tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        super().load_state_dict(state)
+        self._generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from wmtp.components.base import Component
 from wmtp.components.data import MicroBatches, to_device
 from wmtp.components.data.examples import Batch
+from wmtp.components.data.workers import explained_worker_deaths
 from wmtp.components.optimizer import OptimizerBundle
 from wmtp.components.scorer.base import Scorer, ScorerContext
+from wmtp.components.trainer.agreement import any_rank
 from wmtp.components.trainer.callbacks.base import Callback
+from wmtp.components.trainer.evidence import UpdateEvidence, gradient_norms
 from wmtp.components.trainer.step import StepResult, TrainStep
 from wmtp.components.trainer.weighting import StepWeighting, StepWeights
 from wmtp.modeling import MTPModel, MTPOutput
@@ -65,6 +68,7 @@ class TrainingRun:
         data_wait_s: seconds spent waiting for data.
         grad_norm: norm of the model's gradient of the last step, before clipping.
         is_nonfinite: 1.0 where the last step's loss or gradient was not finite and its update was suppressed.
+        update: gradient norms and learning rates of the last step.
         stop_reason: set by a callback to end the run after the present step.
         save_requested: set by a callback before `CheckpointCallback`, which saves this step and resets it.
         metrics: values that validation and the like leave for the next log line.
@@ -80,6 +84,7 @@ class TrainingRun:
     data_wait_s: float = 0.0
     grad_norm: Tensor | None = None
     is_nonfinite: Tensor | None = None
+    update: UpdateEvidence | None = None
     stop_reason: str | None = None
     save_requested: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
@@ -167,14 +172,16 @@ class BaseWmtpTrainer(Component[TrainerContext, TrainResult]):
             set_training(context.modules)
             for callback in callbacks:
                 callback.on_train_start(run)
-            for batches in self._steps(run):
-                for callback in callbacks:
-                    callback.on_step_start(run)
-                result = self.run_step(batches)
-                for callback in callbacks:
-                    callback.on_step_end(run, result)
-                if run.stop_reason is not None:
-                    break
+            # Closed before the last save: the processes that prepare data end with it.
+            with explained_worker_deaths(), contextlib.closing(self._steps(run)) as steps:
+                for batches in steps:
+                    for callback in callbacks:
+                        callback.on_step_start(run)
+                    result = self.run_step(batches)
+                    for callback in callbacks:
+                        callback.on_step_end(run, result)
+                    if run.stop_reason is not None:
+                        break
             for callback in callbacks:
                 callback.on_train_end(run)
         finally:
@@ -225,7 +232,7 @@ class BaseWmtpTrainer(Component[TrainerContext, TrainResult]):
         """A further loss on a micro-batch, normalised over the step's `batches`, and metrics that add up."""
         raise NotImplementedError(f"{type(self).__name__} has no auxiliary loss")
 
-    def _steps(self, run: TrainingRun) -> Iterator[list[Batch]]:
+    def _steps(self, run: TrainingRun) -> Generator[list[Batch]]:
         """The micro-batches of each remaining step, on the device, fetched before the step begins."""
         per_step = run.micro_batches_per_step
         batches = run.batches()
@@ -236,17 +243,27 @@ class BaseWmtpTrainer(Component[TrainerContext, TrainResult]):
             yield step_batches
 
     def _update(self, run: TrainingRun, result: StepResult) -> None:
+        """Apply the gradients, unless the loss or one of them is not finite.
+
+        A suppressed update leaves parameters, moments and running statistics as they were. The step still
+        counts: its number, the learning-rate schedule, the data and random draws move on.
+        """
         context, optimizer = run.context, run.context.optimizer.optimizer
-        limit = self.recipe.optim.grad_clip or float("inf")
         # Each module is clipped by its own norm: a critic's gradient must not shrink the model's update.
-        norms = {
-            name: nn.utils.clip_grad_norm_(module.parameters(), limit)
-            for name, module in context.modules.items()
-        }
-        run.grad_norm = norms["model"]
-        finite = torch.stack([result.loss, *norms.values()]).isfinite().all()
-        run.is_nonfinite = (~finite).float()
+        norms = {name: gradient_norms(module, context.device) for name, module in context.modules.items()}
+        limit = self.recipe.optim.grad_clip
+        for gradients in norms.values():
+            if limit is not None and gradients.parameters:
+                nn.utils.clip_grads_with_norm_(gradients.parameters, limit, gradients.total)
+        totals = [gradients.total for gradients in norms.values()]
+        is_finite = torch.stack([result.loss, *totals]).isfinite().all()
         # The fused kernel leaves parameters and moments alone where this flag is set; the host need not look.
+        run.is_nonfinite = any_rank((~is_finite).float())
+        rates = [float(rate) for rate in context.optimizer.scheduler.get_last_lr()]
+        run.update = UpdateEvidence(norms, rates)
+        run.grad_norm = norms["model"].total
+        if run.weighting is not None:
+            run.weighting.settle(run.is_nonfinite == 0)
         optimizer.found_inf = run.is_nonfinite  # type: ignore[attr-defined]
         optimizer.step()
         context.optimizer.scheduler.step()

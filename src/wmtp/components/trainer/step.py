@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wmtp.components.data.examples import Batch, model_inputs
+from wmtp.components.trainer.evidence import MicroBatchEvidence, all_finite, captured_embeddings
 from wmtp.components.trainer.weighting import StepWeights
 from wmtp.modeling import MTPModel, MTPOutput
 from wmtp.objectives import MtpLoss, loss_normalizer, weighted_mtp_cross_entropy
@@ -35,6 +36,7 @@ class StepResult:
         num_tokens: real tokens of the step, padding excluded.
         num_padded_tokens: tokens of the step, padding included.
         metrics: further scalars by metric name.
+        evidence: what was finite, by micro-batch; holds the batches, so let go of it soon.
     """
 
     loss: Tensor
@@ -43,6 +45,7 @@ class StepResult:
     num_tokens: Tensor
     num_padded_tokens: int
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    evidence: list[MicroBatchEvidence] = field(default_factory=list)
 
 
 # (micro-batches, their forwards where they exist already) -> weights of the step, None for uniform.
@@ -74,16 +77,16 @@ class TrainStep:
             batches: the micro-batches of the step, on the model's device.
         """
         normalizer = torch.stack([loss_normalizer(b["labels"], self.loss.reduction) for b in batches]).sum(0)
-        # With one micro-batch the graph of its forward serves for scoring and for the loss. With several,
-        # keeping all graphs would cost the memory that accumulation is meant to save: each is scored in a
-        # pass of its own first.
-        outputs = [self.forward(batches[0])] if len(batches) == 1 else []
-        weights = self.compute_head_weights(batches, outputs)
-        result = self._empty_result(batches)
-        for index, batch in enumerate(batches):
-            output = outputs.pop() if outputs else self.forward(batch)
-            weight_BSH = None if weights is None else weights.weight_BSH[index]
-            self._backward(batch, output, weight_BSH, normalizer, batches, result)
+        with captured_embeddings(self.model) as embedded:
+            # With one micro-batch the graph of its forward serves for scoring and for the loss. With several,
+            # keeping all graphs would cost the memory that accumulation is meant to save: each is scored in a
+            # pass of its own first.
+            outputs = [self.forward(batches[0])] if len(batches) == 1 else []
+            weights = self.compute_head_weights(batches, outputs)
+            result = self._empty_result(batches)
+            for index, batch in enumerate(batches):
+                output = outputs.pop() if outputs else self.forward(batch)
+                self._backward(index, output, weights, normalizer, batches, result, embedded)
         if weights is not None:
             result.metrics.update(weights.metrics)
         return result
@@ -96,24 +99,39 @@ class TrainStep:
 
     def _backward(
         self,
-        batch: Batch,
+        index: int,
         output: MTPOutput,
-        weight_BSH: Tensor | None,
+        weights: StepWeights | None,
         normalizer: Tensor,
         batches: Sequence[Batch],
         result: StepResult,
+        embedded: list[Tensor],
     ) -> None:
+        batch = batches[index]
+        weight_BSH = None if weights is None else weights.weight_BSH[index]
+        auxiliary: Tensor | None = None
         # The losses run in the precision of the forward: the products with the unembedding are a good
         # part of a step. Softmax, cross entropy and values are fp32 in any case.
         with self.autocast():
             mtp = self.loss_of(batch, output, weight_BSH, normalizer)
             total = self.loss.scale * mtp.loss
             if self.auxiliary_loss is not None:
-                extra, metrics = self.auxiliary_loss(batch, output, batches)
-                total = total + extra
+                auxiliary, metrics = self.auxiliary_loss(batch, output, batches)
+                total = total + auxiliary
                 for name, value in metrics.items():
                     result.metrics[name] = result.metrics.get(name, 0.0) + value
+        evidence = MicroBatchEvidence(
+            batch,
+            loss=mtp.loss.detach(),
+            ce_BH=all_finite(mtp.ce_BSH, (1,)),
+            weight_BH=None if weight_BSH is None else all_finite(weight_BSH, (1,)),
+            score_B=None if weights is None else weights.finite_scores(index),
+            auxiliary=None if auxiliary is None else auxiliary.detach().isfinite(),
+        )
+        evidence.watch(output.hidden_BSHD, embedded)
+        embedded.clear()
         total.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
+        result.evidence.append(evidence)
         result.loss = result.loss + self.loss.scale * mtp.loss.detach()
         result.ce_sum_H += mtp.ce_BSH.sum(dim=(0, 1))
         result.num_targets_H += (batch["labels"] != -100).sum(dim=(0, 1))

@@ -6,7 +6,7 @@ Legend: B batch, S sequence, H horizon, N all tokens of a step, flattened and jo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from wmtp.components.data.examples import Batch
 from wmtp.components.scorer.base import Scorer, TokenScores
+from wmtp.components.trainer.evidence import all_finite
 from wmtp.exceptions import UserInputError
 from wmtp.objectives import (
     IGNORE_INDEX,
@@ -41,11 +42,18 @@ class StepWeights:
         weight_BSH: fp32, one tensor a micro-batch.
         token_weight_BS: what head 0 weighs each token with, indexed by token; for reports.
         metrics: scalar tensors by metric name.
+        score_is_finite_B: bool, one tensor a micro-batch: whether all needed scores of a row are finite;
+            empty where nothing was scored row by row.
     """
 
     weight_BSH: list[Tensor]
     token_weight_BS: list[Tensor]
     metrics: dict[str, Tensor]
+    score_is_finite_B: list[Tensor] = field(default_factory=list)
+
+    def finite_scores(self, micro_batch: int) -> Tensor | None:
+        """Rows of a micro-batch whose scores are finite; None where nothing was scored row by row."""
+        return self.score_is_finite_B[micro_batch] if self.score_is_finite_B else None
 
 
 class _Limits(TypedDict):
@@ -73,6 +81,7 @@ class StepWeighting:
             "w_max": loss.w_max,
         }
         self._running: ScoreStatistics | None = None
+        self._proposed: ScoreStatistics | None = None
 
     @property
     def strength(self) -> float:
@@ -90,6 +99,28 @@ class StepWeighting:
 
     def step_weights(self, batches: Sequence[Batch], scores: Sequence[TokenScores]) -> StepWeights:
         """Weights of all micro-batches of a step, from their scores."""
+        weights = self._step_weights(batches, scores)
+        if scores[0].kind == "head_factors":
+            return weights
+        finite_B = [
+            _finite_rows(score.values, self.needed_tokens(batch))
+            for batch, score in zip(batches, scores, strict=True)
+        ]
+        return replace(weights, score_is_finite_B=finite_B)
+
+    def settle(self, is_finite: Tensor) -> None:
+        """Take the last step's scores into the running statistics, unless its update was suppressed."""
+        proposed, self._proposed = self._proposed, None
+        if proposed is None:
+            return
+        if self._running is None:
+            # Once a run: whether there are statistics at all decides what the next step computes.
+            self._running = proposed if bool(is_finite) else None
+        else:
+            pairs = zip(proposed, self._running, strict=True)
+            self._running = ScoreStatistics(*(torch.where(is_finite, new, old) for new, old in pairs))
+
+    def _step_weights(self, batches: Sequence[Batch], scores: Sequence[TokenScores]) -> StepWeights:
         if scores[0].kind == "head_factors":
             return self._from_head_factors(batches, scores)
         if self.loss.weight_scope == "head":
@@ -133,7 +164,7 @@ class StepWeighting:
     def _normalize_running(self, values_N: Tensor, valid_N: Tensor) -> Tensor:
         """Weights from the statistics of earlier steps only; the first step uses its own."""
         previous = self._running
-        self._running = score_statistics(values_N, valid_N, previous=previous, **self._limits)
+        self._proposed = score_statistics(values_N, valid_N, previous=previous, **self._limits)
         if previous is None:
             return self.scorer.weigh(values_N, valid_N, self.loss)
         return normalize_with_statistics(values_N, valid_N, previous, **self._limits)
@@ -180,6 +211,12 @@ class StepWeighting:
             self._running = ScoreStatistics(
                 *(torch.tensor(value, dtype=torch.float64, device=device) for value in state["running"])
             )
+
+
+def _finite_rows(values: Tensor, needed_BS: Tensor) -> Tensor:
+    """Whether the needed scores [B,S] or [B,S,H] of each row are all finite, bool [B]."""
+    needed = needed_BS if values.ndim == 2 else needed_BS.unsqueeze(-1)
+    return all_finite(torch.where(needed, values, 0.0), tuple(range(1, values.ndim)))
 
 
 def _has_target(batch: Batch) -> Tensor:

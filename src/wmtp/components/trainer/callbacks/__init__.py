@@ -7,10 +7,12 @@ from wmtp.components.trainer.callbacks.finite import FiniteCallback
 from wmtp.components.trainer.callbacks.metrics import MetricsCallback
 from wmtp.components.trainer.callbacks.phases import PhaseCallback
 from wmtp.components.trainer.callbacks.progress import ProgressCallback
-from wmtp.components.trainer.callbacks.signals import SignalCallback
+from wmtp.components.trainer.callbacks.requests import SAVE_FILE_NAME, RequestCallback
+from wmtp.components.trainer.callbacks.signals import RunStopped, StopSignals
 from wmtp.components.trainer.callbacks.validation import ValidationCallback
 
 __all__ = [
+    "SAVE_FILE_NAME",
     "Callback",
     "CheckpointCallback",
     "CriticCallback",
@@ -18,6 +20,8 @@ __all__ = [
     "MetricsCallback",
     "PhaseCallback",
     "ProgressCallback",
-    "SignalCallback",
+    "RequestCallback",
+    "RunStopped",
+    "StopSignals",
     "ValidationCallback",
 ]

@@ -46,26 +46,35 @@ class CriticCallback(Callback):
     def on_step_start(self, run: TrainingRun) -> None:
         """Measure before the first step and then regularly, a resumed run at the same steps."""
         if run.step % self.every_steps == 0:
-            self._measure(run)
+            quality = self._measure()
+            if self.is_calibrated:
+                self._calibrate(run, quality)
+            self.tracker.log_metrics(self.latest_metrics(), run.step)
 
     def on_train_end(self, run: TrainingRun) -> None:
-        """Measure once more, with the finished model."""
-        if run.stop_reason is None:
-            self._measure(run)
+        """Measure once more, with the finished model.
 
-    def _measure(self, run: TrainingRun) -> None:
-        quality = self.latest = self.measure()
-        if self.is_calibrated:
-            self.scorer.strength = quality.strength
-            if quality.strength < _WEAK_STRENGTH:
-                logger.warning(
-                    "step %d: the critic separates right from wrong programs with AUC %.2f only; its "
-                    "weights are used at strength %.2f, so this trains like the baseline",
-                    run.step,
-                    quality.auc,
-                    quality.strength,
-                )
-        self.tracker.log_metrics(self.latest_metrics(), run.step)
+        The strength stays as it is: it belongs to the checkpoint, and a run that goes on for more steps from
+        there must weigh them as a run that had them from the start.
+        """
+        if run.stop_reason is None:
+            self._measure()
+            self.tracker.log_metrics(self.latest_metrics(), run.step)
+
+    def _measure(self) -> CriticQuality:
+        self.latest = self.measure()
+        return self.latest
+
+    def _calibrate(self, run: TrainingRun, quality: CriticQuality) -> None:
+        self.scorer.strength = quality.strength
+        if quality.strength < _WEAK_STRENGTH:
+            logger.warning(
+                "step %d: the critic separates right from wrong programs with AUC %.2f only; its "
+                "weights are used at strength %.2f, so this trains like the baseline",
+                run.step,
+                quality.auc,
+                quality.strength,
+            )
 
     def latest_metrics(self) -> dict[str, float]:
         """The last measurement by metric name."""

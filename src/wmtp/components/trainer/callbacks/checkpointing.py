@@ -149,7 +149,9 @@ def restore_training_state(context: TrainerContext, loaded: LoadedCheckpoint) ->
         }
     )
     for callback in context.callbacks:
-        callback.load_state_dict(state["callbacks"].get(type(callback).__name__, {}))
+        # A resumed run may have callbacks that there were not before: validation, for one.
+        if type(callback).__name__ in state["callbacks"]:
+            callback.load_state_dict(state["callbacks"][type(callback).__name__])
     context.state = state["training"]
 
 
