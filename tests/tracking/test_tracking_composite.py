@@ -219,6 +219,11 @@ def test_waiting_entries_are_bounded_and_counted(tmp_path: Path, monkeypatch: py
 
 def test_a_checkpoint_is_handed_on_as_a_record(tmp_path: Path) -> None:
     tracker, recorder = _composite(tmp_path, retry_s=1000)
-    tracker.log_checkpoint(5, uri="/run/step-5", metrics={"train/loss": 1}, manifest_sha256="ab")
+    tracker.log_metrics({"train/loss": 3.0, "score": 0.0}, 3)
+    tracker.log_metrics({"train/loss": 2.0}, 4)
+    # A save that goes on beside training is committed some steps later.
+    tracker.log_metrics({"val/loss": 7.0}, 6)
+    tracker.log_checkpoint(5, uri="/run/step-5", metrics={"score": 1}, manifest_sha256="ab")
     tracker.finish()
-    assert recorder.calls[0] == ("checkpoint", CheckpointRecord(5, "/run/step-5", {"train/loss": 1.0}, "ab"))
+    metrics = {"train/loss": 2.0, "score": 1.0}
+    assert recorder.calls[3] == ("checkpoint", CheckpointRecord(5, "/run/step-5", metrics, "ab"))

@@ -45,6 +45,7 @@ class CompositeTracker:
         self._remote = remote
         self._patience_s = patience_s
         self._delivery = Delivery(retry_s=retry_s)
+        self._latest: dict[str, tuple[int, float]] = {}
         self._has_warned = False
         self._is_finished = False
 
@@ -62,6 +63,7 @@ class CompositeTracker:
         """Record the metrics of one optimizer step, in the local file first."""
         self._warn_once()
         values = {name: float(value) for name, value in metrics.items()}
+        self._latest.update({name: (step, value) for name, value in values.items()})
         # Told once for both: an entry that is sent twice is then the same entry.
         time_ms = int(time.time() * 1000)
         self._metrics_file.log_metrics(values, step, time_ms=time_ms)
@@ -80,8 +82,9 @@ class CompositeTracker:
     def log_checkpoint(
         self, step: int, *, uri: str, metrics: Mapping[str, float], manifest_sha256: str
     ) -> None:
-        """Record a committed checkpoint as `checkpoints/step_{step}`."""
-        values = {name: float(value) for name, value in metrics.items()}
+        """Record a committed checkpoint as `checkpoints/step_{step}`, with the metrics last logged."""
+        logged = {name: value for name, (at, value) in self._latest.copy().items() if at <= step}
+        values = {**logged, **{name: float(value) for name, value in metrics.items()}}
         record = CheckpointRecord(step, uri, values, manifest_sha256)
         self._delivery.put(lambda: self._remote.log_checkpoint(record))
 
