@@ -76,6 +76,7 @@ class _Stage1:
     def run(self, **changes: Any) -> Critic:
         arguments = {
             "folder": self.folder,
+            "value_head": None,
             "load_scorer": lambda: self.scorer,
             "unsafe_execution": False,
             "is_resumed": False,

@@ -26,6 +26,7 @@ from wmtp.components.tokenizer import HfTokenizer, TokenizerSettings
 from wmtp.components.trainer import BaseWmtpTrainer
 from wmtp.settings import Config, Recipe
 from wmtp.settings.recipe_data import TrainDataSettings
+from wmtp.storage import create_s3_manager
 from wmtp.tracking import create_mlflow_manager
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class ComponentFactory:
     @staticmethod
     def create_mlflow_manager(config: Config) -> MLflowManager:
         """An MLflow run at the config's tracking store."""
-        return create_mlflow_manager(config)
+        return create_mlflow_manager(config, open_store=lambda: create_s3_manager(config))
 
     @staticmethod
     def create_collator(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -28,12 +31,17 @@ from wmtp.components.trainer.base import autocast_factory
 from wmtp.exceptions import UserInputError
 from wmtp.factory import ComponentFactory
 from wmtp.modeling import MTPModel, ValueHead
+from wmtp.modeling.value_head import DESCRIPTION_FILE, WEIGHTS_FILE
 from wmtp.pipelines.data import PreparedData
-from wmtp.pipelines.environment import Environment
-from wmtp.settings import Recipe
+from wmtp.pipelines.environment import Environment, RunPaths
+from wmtp.settings import Config, Recipe
+from wmtp.storage import PathResolver, create_s3_manager
+from wmtp.tracking import Tracker, download_model_artifact
 
 logger = logging.getLogger(__name__)
 
+VALUE_HEAD_MODEL = "wmtp_critic_value_head"
+_VALUE_HEAD_ARTIFACT = "critic/value_head"
 _MEASURE_BATCH_SIZE = 64
 
 
@@ -58,11 +66,12 @@ def prepare_critic(
     data: PreparedData,
     *,
     folder: Path,
+    value_head: Path | None,
     load_scorer: Callable[[], ProgramScorer | None],
     unsafe_execution: bool,
     is_resumed: bool,
 ) -> Critic:
-    """Reward programs, then train a value head on them, or load the one the recipe names.
+    """Reward programs, then train a value head on them, or load the one in the folder `value_head`.
 
     Programs and value head are kept in `folder`, and a resumed run takes both from there. The rewards of
     training programs also go to the features of `data`, for the auxiliary value loss of stage 2; held-out
@@ -80,7 +89,7 @@ def prepare_critic(
     _reward_features(data, train)
     autocast = autocast_factory(environment.device, environment.precision)
     holdout_programs = _tokenize(holdout, tokenizer)
-    saved_head = str(folder / "value_head") if is_resumed else recipe.critic.value_head
+    saved_head = folder / "value_head" if is_resumed else value_head
     if saved_head is None:
         context = PretrainerContext(
             model=model,
@@ -90,11 +99,51 @@ def prepare_critic(
             device=environment.device,
             autocast=autocast,
         )
-        value_head = ComponentFactory.create_pretrainer(recipe).run(context).value_head
+        trained = ComponentFactory.create_pretrainer(recipe).run(context).value_head
     else:
-        value_head = ValueHead.load(saved_head, model).to(environment.device)
-    value_head.save(folder / "value_head")
-    return Critic(value_head, holdout_programs)
+        trained = ValueHead.load(saved_head, model).to(environment.device)
+    trained.save(folder / "value_head")
+    return Critic(trained, holdout_programs)
+
+
+@contextmanager
+def local_value_head(config: Config, source: str | None) -> Iterator[Path | None]:
+    """The folder of the value head that `critic.value_head` names, for the length of a block; None for none.
+
+    What is on S3 or registered in MLflow (`models:/name/version`) is in a temporary folder for as long as it
+    takes to load it.
+
+    Raises:
+        ModelLoadError: there is no such registered version.
+        StorageError: there is no such object, or it cannot be had.
+    """
+    if source is None:
+        yield None
+        return
+    kind, resolved = PathResolver().resolve(source)
+    if kind not in ("s3", "models"):
+        yield Path(resolved)
+        return
+    with TemporaryDirectory(prefix="wmtp-value-head-") as folder:
+        target = Path(folder)
+        if kind == "models":
+            target = download_model_artifact(
+                config, resolved, target, open_store=lambda: create_s3_manager(config)
+            )
+        else:
+            manager = create_s3_manager(config)
+            for name in (DESCRIPTION_FILE, WEIGHTS_FILE):
+                uri = f"{resolved.rstrip('/')}/{name}"
+                with manager.stream_model(uri) as stream, (target / name).open("wb") as file:
+                    shutil.copyfileobj(stream, file)
+        yield target
+
+
+def register_value_head(tracker: Tracker, critic: Critic, paths: RunPaths) -> None:
+    """Record the value head as it is after training, and register it as `wmtp_critic_value_head`."""
+    folder = paths.checkpoints / "critic" / "value_head_final"
+    critic.value_head.save(folder)
+    tracker.log_model(VALUE_HEAD_MODEL, folder, _VALUE_HEAD_ARTIFACT)
 
 
 def untrained_critic(recipe: Recipe, model: MTPModel, environment: Environment) -> Critic | None:

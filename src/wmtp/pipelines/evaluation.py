@@ -24,7 +24,8 @@ from wmtp.pipelines.report import report_evaluation, write_settings
 from wmtp.pipelines.resume import refuse_existing_report
 from wmtp.settings import Config, Recipe, redacted_dump, require_available
 from wmtp.settings.recipe_eval import EvalType
-from wmtp.tracking import RunStatus, create_tracker, experiment_name
+from wmtp.storage import create_s3_manager
+from wmtp.tracking import RunStatus, create_tracker, experiment_name, tracking_address
 
 if TYPE_CHECKING:
     from wmtp.pipelines.training import RunParts
@@ -83,11 +84,12 @@ def run_evaluation_pipeline(
     tracker = create_tracker(
         paths.report,
         experiment=experiment_name(recipe.train.algo, recipe.eval.datasets),
-        tracking_uri=config.mlflow.tracking_uri or str(paths.output / "mlflow"),
+        tracking_uri=tracking_address(config),
         run_name=name,
         registry_uri=config.mlflow.registry_uri,
         artifact_location=config.mlflow.artifact_location,
         tags={"checkpoint": checkpoint_path, **options.run_tags()},
+        open_store=lambda: create_s3_manager(config),
     )
     status: RunStatus = "failed"
     try:

@@ -72,12 +72,15 @@ def report_evaluation(
     return write_report(paths.report, title=f"WMTP evaluation {paths.name}", runs=[run]).html
 
 
-def write_settings(config: Config, recipe: Recipe, paths: RunPaths) -> None:
+def write_settings(config: Config, recipe: Recipe, paths: RunPaths) -> list[Path]:
     """Keep the settings in force beside the metrics, secrets hidden: `config.yaml` and `recipe.yaml`."""
     paths.report.mkdir(parents=True, exist_ok=True)
+    files = []
     for name, settings in (("config", config), ("recipe", recipe)):
         text = yaml.safe_dump(redacted_dump(settings), sort_keys=False, allow_unicode=True)
-        (paths.report / f"{name}.yaml").write_text(text, encoding="utf-8")
+        files.append(paths.report / f"{name}.yaml")
+        files[-1].write_text(text, encoding="utf-8")
+    return files
 
 
 def token_views(trainer: BaseWmtpTrainer, parts: RunParts) -> list[TokenView]:

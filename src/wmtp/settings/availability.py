@@ -64,14 +64,15 @@ _TABLE = (
     _Unavailable("paths.models.ref", _is_remote_and_not_s3, _MODEL_PATH),
     _Unavailable("paths.models.rm", _is_remote_and_not_s3, _MODEL_PATH),
     _Unavailable("paths.output", _is_remote_and_not_s3, "use a local directory or an s3:// address"),
-    _Unavailable(
-        "mlflow.tracking_uri", lambda value: str(value).startswith("s3://"), "use sqlite or a server"
-    ),
     _Unavailable("model.base_id", _is_remote_and_not_s3, _MODEL_PATH),
     _Unavailable("model.ref_id", _is_remote_and_not_s3, _MODEL_PATH),
     _Unavailable("model.rm_id", _is_remote_and_not_s3, _MODEL_PATH),
     _Unavailable("rho1.reference", _among("precomputed"), "use online"),
-    _Unavailable("critic.value_head", _is_remote, "use a local path, or null to train one"),
+    _Unavailable(
+        "critic.value_head",
+        _is_remote_and_not_s3,
+        "use a local path, an s3:// address, models:/name/version, or null to train one",
+    ),
     _Unavailable(
         "eval.types", _among("exact-match", "self-speculation"), "use meta-mtp, perplexity or token-accuracy"
     ),

@@ -96,12 +96,17 @@ class MlflowSettings(Section):
 
     tracking_uri: Text | None = Field(
         default=None,
-        description="sqlite:///file, a server or a folder; null is mlflow/mlflow.db under paths.output.",
+        description="sqlite:///file, a server, a folder or s3://bucket/prefix; null is mlflow/mlflow.db "
+        "under paths.output.",
     )
-    registry_uri: Text | None = Field(default=None, description="Model registry; null is the tracking store.")
+    registry_uri: Text | None = Field(
+        default=None,
+        description="Model registry: as tracking_uri, but not on S3; null is the tracking store.",
+    )
     artifact_location: Text | None = Field(
         default=None,
-        description="Where artifacts of new experiments go; null is mlflow/artifacts under paths.output.",
+        description="Where artifacts of new experiments go, local or s3://; null is artifacts/ beside the "
+        "tracking database, or a server's own.",
     )
 
 
