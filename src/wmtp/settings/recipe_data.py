@@ -40,7 +40,7 @@ class TrainDataSettings(Section):
     )
     train_on_prompt: bool = Field(default=False, description="Count prompt tokens in the loss as well.")
     shuffle: bool = Field(default=True, description="Shuffle rows by train.seed and epoch.")
-    streaming: Literal["auto"] | bool = Field(
+    streaming: Literal["auto", True, False] = Field(
         default="auto",
         description="Read rows as they are needed instead of holding all in memory; "
         "auto does so for sources above in_memory_mib.",

@@ -58,6 +58,22 @@ class Feature(_FeatureTokens, total=False):
     row_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class TokenizedCount:
+    """How many examples were tokenised, cut to length, and dropped because no target was left."""
+
+    num_examples: int = 0
+    num_cut: int = 0
+    num_dropped: int = 0
+
+    def __add__(self, other: TokenizedCount) -> TokenizedCount:
+        return TokenizedCount(
+            self.num_examples + other.num_examples,
+            self.num_cut + other.num_cut,
+            self.num_dropped + other.num_dropped,
+        )
+
+
 # Features that share one row of a batch, side by side.
 Bin: TypeAlias = list[Feature]
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from wmtp.components.base import Component
 from wmtp.components.data.arguments import settings_of
-from wmtp.components.data.examples import Example, Feature
+from wmtp.components.data.examples import Example, Feature, TokenizedCount
 from wmtp.components.data.formats import missing_fields, recognise
 from wmtp.components.registry import tokenizer_registry
 from wmtp.components.tokenizer.chat import chat_pieces
@@ -64,22 +64,6 @@ class TokenizerContext:
     """What one `run` tokenises."""
 
     examples: Sequence[Example]
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizedCount:
-    """How many examples were tokenised, cut to length, and dropped because no target was left."""
-
-    num_examples: int = 0
-    num_cut: int = 0
-    num_dropped: int = 0
-
-    def __add__(self, other: TokenizedCount) -> TokenizedCount:
-        return TokenizedCount(
-            self.num_examples + other.num_examples,
-            self.num_cut + other.num_cut,
-            self.num_dropped + other.num_dropped,
-        )
 
 
 @tokenizer_registry.register("hf", version="1.0.0", description="any Hugging Face tokenizer")
