@@ -28,6 +28,7 @@ def _config(s3_server: S3Server, prefix: str) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_a_run_on_s3_is_resumed_by_its_id_and_its_value_head_used_by_another(
     s3_server: S3Server, tmp_path: Path
 ) -> None:

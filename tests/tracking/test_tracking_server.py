@@ -31,6 +31,8 @@ from wmtp.tracking.mlflow_tracker import MLflowManager
 
 _START_S = 120.0
 
+pytestmark = pytest.mark.slow
+
 
 class _Server:
     """`mlflow server` on loopback; its processes are a group of their own."""

@@ -105,8 +105,7 @@ class MlflowSettings(Section):
     )
     artifact_location: Text | None = Field(
         default=None,
-        description="Where artifacts of new experiments go, local or s3://; null is artifacts/ beside the "
-        "tracking database, or a server's own.",
+        description="Where artifacts of new experiments go, also s3://; null is artifacts/ beside the database.",
     )
 
 
