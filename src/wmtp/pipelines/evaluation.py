@@ -20,6 +20,7 @@ from wmtp.pipelines.data import PreparedData, evaluation_tasks, prepare_validati
 from wmtp.pipelines.environment import Environment, default_run_name, prepare_environment, run_paths
 from wmtp.pipelines.models import check_vocabulary
 from wmtp.pipelines.outputs import EvaluationOutputs, RunOptions
+from wmtp.pipelines.remote_output import RemoteOutput
 from wmtp.pipelines.report import report_evaluation, write_settings
 from wmtp.pipelines.resume import refuse_existing_report
 from wmtp.settings import Config, Recipe, redacted_dump, require_available
@@ -104,6 +105,7 @@ def run_evaluation_pipeline(
         status = "finished"
     finally:
         tracker.finish(status)
+        RemoteOutput(config, paths).try_upload(paths.report)
     return outputs
 
 
