@@ -14,7 +14,17 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.text import Text
 
-from wmtp.cli import evaluate, export, list_components, quickstart, schema, train, validate
+from wmtp.cli import (
+    doctor,
+    evaluate,
+    export,
+    list_components,
+    migrate,
+    quickstart,
+    schema,
+    train,
+    validate,
+)
 from wmtp.exceptions import WmtpError
 
 # OpenMP's threads by default wait for each other in a busy loop. On a machine with anything else to do that
@@ -36,6 +46,8 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("validate")(validate.validate)
+app.command("doctor")(doctor.doctor)
+app.command("migrate")(migrate.migrate)
 app.command("schema")(schema.schema)
 app.command("list")(list_components.list_components)
 

@@ -107,18 +107,17 @@ def remove_cache(cache: CacheFolder) -> None:
 
 def _places_of(configs: Iterable[Config]) -> Iterator[Path]:
     for config in configs:
-        models, datasets = config.paths.models, config.paths.datasets
-        mlflow = config.mlflow
+        paths, mlflow = config.paths, config.mlflow
         given = (
-            *models.model_dump().values(),
-            *datasets.model_dump().values(),
-            config.paths.output,
+            *paths.models.model_dump().values(),
+            *paths.datasets.model_dump().values(),
+            paths.output,
+            paths.work,
+            config.s3.fallback_dir,
             mlflow.artifact_location,
             None if mlflow.tracking_uri is None else mlflow.tracking_uri.removeprefix("sqlite:///"),
         )
-        for place in given:
-            if place is None:
-                continue
+        for place in filter(None, given):
             kind, resolved = PathResolver().resolve(place)
             if kind in ("local", "hub"):
                 yield Path(place if kind == "hub" else resolved).resolve()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
@@ -58,6 +60,7 @@ def convert_state_dict_file(
     *,
     config: Config | None = None,
     force: bool = False,
+    dry_run: bool = False,
     trust_remote_code: bool = False,
 ) -> ConvertedCheckpoint:
     """Write a torch file that holds a state dict as a model folder, as `wmtp export` writes them.
@@ -68,6 +71,7 @@ def convert_state_dict_file(
         output: the folder to write.
         config: access to S3.
         force: replace a model that is in the output folder.
+        dry_run: read and check everything, write nothing.
         trust_remote_code: let the base's configuration and tokenizer run code that comes with them.
 
     Raises:
@@ -89,11 +93,8 @@ def convert_state_dict_file(
         "converted_from": public_name(path),
     }
     try:
-        with publish_directory(folder, replace=folder.exists()) as staging:
-            hugging_face = None if tokenizer is None else tokenizer.tokenizer
-            model.save_pretrained(staging, tokenizer=hugging_face, metadata=metadata)
-            if tokenizer is not None:
-                tokenizer.save_sentencepiece_model(staging)
+        if not dry_run:
+            _write(model, folder, tokenizer, metadata)
     except OSError as error:
         raise UserInputError(
             f"{folder} cannot be written: {error}", remedy="check the permissions and the free space there"
@@ -109,6 +110,14 @@ def convert_state_dict_file(
         left_out=saved.left_out,
         notes=notes,
     )
+
+
+def _write(model: MTPModel, folder: Path, tokenizer: HfTokenizer | None, metadata: Mapping[str, Any]) -> None:
+    with publish_directory(folder, replace=folder.exists()) as staging:
+        hugging_face = None if tokenizer is None else tokenizer.tokenizer
+        model.save_pretrained(staging, tokenizer=hugging_face, metadata=metadata)
+        if tokenizer is not None:
+            tokenizer.save_sentencepiece_model(staging)
 
 
 def _output_folder(output: str | Path, *, force: bool) -> Path:

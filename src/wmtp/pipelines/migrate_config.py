@@ -7,6 +7,7 @@ its form is wrong, or because this version cannot do it yet) is written as a com
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -71,6 +72,8 @@ class MigratedConfig:
         text: the new file.
         keys: what became of each old key.
         warnings: what the user has to look after.
+        settings: what the new file says, without values that need variables which are not set.
+        unset: keys of those values.
         cache: the old cache folder as the old file named it; None where it named none.
         is_current: the file is in the present layout already, and `text` is not needed.
     """
@@ -78,6 +81,8 @@ class MigratedConfig:
     source: Path
     text: str
     keys: tuple[MigratedKey, ...]
+    settings: Config
+    unset: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     cache: str | None = None
     is_current: bool = False
@@ -100,11 +105,14 @@ def migrate_config(path: Path) -> MigratedConfig:
     migration = _Migration(old)
     migration.run()
     is_current = all(row.kind == "kept" for row in migration.rows) and not migration.warnings
-    text, problems = _checked(migration)
+    checked = _check(migration)
+    migration.warnings += [f"{problem.key} {problem.rule}" for problem in checked.unset]
     return MigratedConfig(
         path,
-        text,
-        tuple(_with_problems(migration.rows, problems)),
+        checked.text,
+        tuple(_with_problems(migration.rows, checked.problems)),
+        checked.settings,
+        tuple(problem.key for problem in checked.unset),
         tuple(migration.warnings),
         next((found for key in CACHE_KEYS if (found := old.text(key)) is not None), None),
         is_current,
@@ -141,6 +149,11 @@ class _Migration:
             else:
                 self._take(target, value)
         self._region()
+        if not self.new:
+            # A file without a value would be no config.
+            default = str(list_fields(Config)["paths.output"].default)
+            self.new["paths.output"] = NewValue("paths.output", default)
+            self._add(MigratedKey("", "paths.output", "changed", "the default; nothing else was left"))
         lines = {key: value.line for key, value in self.old.values.items()}
         self.rows.sort(key=lambda row: lines.get(row.old, len(lines) + max(lines.values(), default=0)))
 
@@ -234,14 +247,21 @@ class _Migration:
 
     def _tracking(self) -> None:
         tracking, registry = (self.old.values.get(f"mlflow.{name}_uri") for name in ("tracking", "registry"))
-        if registry is not None and tracking is not None and registry.text == tracking.text:
+        is_same = registry is not None and tracking is not None and registry.text == tracking.text
+        # Only of a file that is old by something else; in a present one the key may say it twice.
+        if registry is not None and not registry.is_null and is_same and self._is_old():
             self._add(
                 MigratedKey(registry.key, "", "dropped", "the same as mlflow.tracking_uri, the default")
             )
-        is_folder = tracking is not None and _FOLDER.match(tracking.text) and not tracking.is_null
-        if tracking is not None and is_folder:
-            note = "a folder means SQLite in it; runs that MLflow kept there as files stay and do not show"
+        if tracking is not None and not tracking.is_null and _FOLDER.match(tracking.text) and self._is_old():
+            note = (
+                "a folder means SQLite in it; `mlflow migrate-filestore` takes over runs kept there as files"
+            )
             self._take("mlflow.tracking_uri", tracking, note=note)
+
+    def _is_old(self) -> bool:
+        """Whether any key is one that the present layout does not have."""
+        return any(key not in list_fields(Config) for key in self.old.values)
 
     def _region(self) -> None:
         """The older default of a file that used S3 and gave no region."""
@@ -305,45 +325,55 @@ class _Migration:
         self._done.add(row.old)
 
 
-def _checked(migration: _Migration) -> tuple[str, dict[str, Problem]]:
-    """The new file as text, in which what cannot be loaded is a comment, and those problems by key."""
-    problems: dict[str, Problem] = {}
-    dropped = [row for row in migration.rows if row.kind == "dropped" and row.note != "was not set"]
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """The new file, in which what cannot be loaded is a comment, and what was found about it."""
 
-    def render() -> str:
-        lines = [f"{row.old}: {_shown(migration.old.values[row.old])} -> {row.note}" for row in dropped]
-        disabled = {key: f"{problem.rule}: {problem.remedy}" for key, problem in problems.items()}
-        return write_config(migration.old, migration.new, disabled=disabled, dropped=lines)
+    text: str
+    settings: Config
+    problems: dict[str, Problem]
+    unset: list[Problem]
+
+
+def _check(migration: _Migration) -> _Checked:
+    """Load the new file, and turn into comments what keeps it from being loaded."""
+    problems: dict[str, Problem] = {}
+    unset: dict[str, Problem] = {}
+    dropped = [
+        f"{row.old}: {_shown(migration.old.values[row.old])} -> {row.note}"
+        for row in migration.rows
+        if row.kind == "dropped" and row.note != "was not set"
+    ]
+
+    def render(disabled: Mapping[str, Problem]) -> str:
+        reasons = {key: f"{problem.rule}: {problem.remedy}" for key, problem in disabled.items()}
+        return write_config(migration.old, migration.new, disabled=reasons, dropped=dropped)
 
     # Each round takes out at least one key, so there are no more rounds than keys.
     for _ in range(len(migration.new) + 1):
-        text = render()
-        found = _problems(text)
-        unset = [problem for problem in found if problem.rule.startswith(_ENVIRONMENT_RULE)]
-        fresh = {problem.key: problem for problem in found if problem not in unset}
-        if not fresh:
-            migration.warnings += [f"{problem.key} {problem.rule}" for problem in unset]
-            return text, problems
-        unknown = [key for key in fresh if key not in migration.new or key in problems]
-        if unknown:
-            raise UserInputError(
-                f"{migration.old.path} cannot be turned into a config that loads: "
-                + "; ".join(f"{key}: {fresh[key].rule}" for key in unknown),
-                remedy="start from configs/config.example.yaml and copy the values",
-            )
-        problems.update(fresh)
+        settings, found = _load(render({**problems, **unset}))
+        if settings is not None:
+            return _Checked(render(problems), settings, problems, list(unset.values()))
+        for problem in found:
+            if problem.key not in migration.new or problem.key in problems:
+                raise UserInputError(
+                    f"{migration.old.path} cannot be turned into a config that loads: {problem}",
+                    remedy="start from configs/config.example.yaml and copy the values",
+                )
+            # A variable that is not set here may be set where the config is used.
+            needs_variable = problem.rule.startswith(_ENVIRONMENT_RULE)
+            (unset if needs_variable else problems)[problem.key] = problem
     raise RuntimeError(f"the config made of {migration.old.path} is refused without end")
 
 
-def _problems(text: str) -> list[Problem]:
+def _load(text: str) -> tuple[Config | None, list[Problem]]:
     with TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
         file.write_text(text, encoding="utf-8")
         try:
-            load_config(file)
+            return load_config(file), []
         except ConfigError as error:
-            return list(error.problems)
-    return []
+            return None, list(error.problems)
 
 
 def _with_problems(rows: list[MigratedKey], problems: dict[str, Problem]) -> list[MigratedKey]:
