@@ -19,11 +19,13 @@ makes them a checkpoint. There is no pickle on any path: JSON and safetensors on
 from __future__ import annotations
 
 import json
+import logging
+import math
 import uuid
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import Tensor
@@ -33,6 +35,7 @@ from wmtp.distributed.checkpoint_files import FileEntries, SafetensorsWriter, cr
 from wmtp.distributed.checkpoint_reading import (
     FORMAT,
     INDEX_NAME,
+    MAX_JSON_BYTES,
     STATE_NAME,
     Checkpoint,
     CheckpointInfo,
@@ -40,13 +43,20 @@ from wmtp.distributed.checkpoint_reading import (
     run_planners,
 )
 from wmtp.distributed.checkpoint_store import StepDraft, StepFolder, StepStore
-from wmtp.distributed.checkpoint_tensors import split_aliases
+from wmtp.distributed.checkpoint_tensors import find_aliases, flatten_groups
 from wmtp.distributed.publishing import manifest_bytes, parse_manifest
-from wmtp.exceptions import CheckpointError, StorageError
+from wmtp.distributed.ranks import agree, raise_together, rank_in
+from wmtp.exceptions import (
+    CheckpointError,
+    StorageDamagedError,
+    StorageError,
+    StorageUnavailableError,
+)
+
+logger = logging.getLogger(__name__)
 
 _GROUP_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
 _COPY_BYTES = 16 * 2**20
-_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +65,7 @@ class Retention:
 
     Attributes:
         keep_last: how many of those saved last (at least 1); None keeps all.
-        keep_best: how many with the best score, beside those.
+        keep_best: how many with the best score, beside those; of equal scores the one saved last is better.
         best_mode: whether a low or a high score is good.
         permanent_every_steps: steps divisible by this stay for ever.
     """
@@ -68,6 +78,12 @@ class Retention:
     def __post_init__(self) -> None:
         if self.keep_last is not None and self.keep_last < 1:
             raise ValueError(f"keep_last must be at least 1 or None, not {self.keep_last}")
+        if self.keep_best < 0:
+            raise ValueError(f"keep_best must not be negative, {self.keep_best} is")
+        if self.permanent_every_steps is not None and self.permanent_every_steps < 1:
+            raise ValueError(
+                f"permanent_every_steps must be at least 1 or None, not {self.permanent_every_steps}"
+            )
 
 
 def save_checkpoint(
@@ -107,38 +123,36 @@ def save_checkpoint(
         CheckpointError: the disk is full or read-only, or another process is saving into the run.
         StorageError: an object store does not take it.
     """
-    for name in tensors:
-        if not name or not _GROUP_CHARACTERS.issuperset(name):
-            raise ValueError(f"tensor group {name!r} cannot be a file name; use letters, digits and _")
-    _check_json(state, "state")
-    flat, aliases = split_aliases(tensors)
-    is_coordinator = _rank(process_group) == 0
-    draft_id = _agree(uuid.uuid4().hex, process_group)
-    writer = SafetensorsWriter(lambda: store.draft(f"step-{step}", draft_id))
-    info: CheckpointInfo | None = None
+    is_coordinator = rank_in(process_group) == 0
+    uri = store.uri(f"step-{step}")
     failure: BaseException | None = None
-    with store.only_writer() if is_coordinator else nullcontext():
+    info: CheckpointInfo | None = None
+    with ExitStack() as held:
+        # What one rank runs into, the others wait to hear of.
+        try:
+            _check_groups(tensors)
+            _check_json(state, "state")
+            if is_coordinator:
+                held.enter_context(store.only_writer())
+        except BaseException as error:
+            failure = error
+        raise_together(failure, uri, process_group)
+        draft_id, aliases = agree((uuid.uuid4().hex, find_aliases(tensors)), process_group)
+        flat = flatten_groups(tensors, aliases)
+        writer = SafetensorsWriter(lambda: store.draft(f"step-{step}", draft_id))
         try:
             run_planners(lambda: save(flat, storage_writer=writer, process_group=process_group))
             if is_coordinator:
-                assert writer.draft is not None
                 info = _commit(store, step, writer, aliases, state, retention, score, sequence_after)
-        # Whatever it is, the other ranks wait to hear of it, and the draft goes.
         except BaseException as error:
             failure = error
-            if is_coordinator and writer.draft is not None:
+            # A store that is away would keep everyone waiting once more; the next save removes what is left.
+            if writer.draft is not None and not isinstance(error, StorageUnavailableError):
                 writer.draft.abandon()
-        if failure is None and info is not None:
+        raise_together(failure, uri, process_group)
+        if info is not None:
             _tidy(store, info, retention)
-    info, first_failure = _agree((info, failure), process_group)
-    failure = failure or first_failure
-    if isinstance(failure, OSError):
-        raise CheckpointError(
-            f"The checkpoint {store.uri(f'step-{step}')} could not be saved: {failure}",
-            remedy="Check free space and permissions there; earlier checkpoints are untouched.",
-        ) from failure
-    if failure is not None:
-        raise failure
+        info = agree(info, process_group)
     assert info is not None
     return info
 
@@ -247,25 +261,38 @@ def _manifest(
 
 
 def _write_json(draft: StepDraft, name: str, content: Mapping[str, Any], files: FileEntries) -> None:
+    raw = json.dumps(content, ensure_ascii=False).encode()
+    if len(raw) > MAX_JSON_BYTES:
+        raise CheckpointError(
+            f"{name} would have {len(raw)} bytes, more than the {MAX_JSON_BYTES} that are read"
+        )
     with create_hashed(draft, name) as writer:
-        writer.write(json.dumps(content, ensure_ascii=False).encode())
+        writer.write(raw)
     files[draft.prefix + name] = writer.entry()
 
 
 def _tidy(store: StepStore, info: CheckpointInfo, retention: Retention) -> None:
-    """After a commit: name the newest, remove leftovers, delete what need not stay."""
-    store.point_latest(info.name)
-    store.clean()
-    if retention.keep_last is None:
-        return
+    """After a commit: name the newest, remove leftovers, delete what need not stay.
+
+    What goes wrong here is only told: the checkpoint is saved, and the next save tries again.
+    """
+    try:
+        store.point_latest(info.name)
+        store.clean()
+        if retention.keep_last is not None:
+            _delete_old(store, retention, retention.keep_last)
+    except (OSError, StorageError, CheckpointError) as error:
+        logger.warning("%s is saved, but what need not stay could not be deleted: %s", info.uri, error)
+
+
+def _delete_old(store: StepStore, retention: Retention, keep_last: int) -> None:
     infos = list_checkpoints(store)
     # Cut or missing files do not count as kept; hashes would mean reading every checkpoint at every save.
     whole = [i for i in infos if not Checkpoint(store, i.name).problems(hashes=False)]
-    last = whole[-retention.keep_last :]
+    last = whole[-keep_last:]
     sign = 1 if retention.best_mode == "min" else -1
-    scored = sorted(
-        (i for i in whole if i.score is not None), key=lambda i: (sign * (i.score or 0.0), -i.sequence)
-    )
+    scores = {i.name: sign * i.score for i in whole if i.score is not None and not math.isnan(i.score)}
+    scored = sorted((i for i in whole if i.name in scores), key=lambda i: (scores[i.name], -i.sequence))
     kept = {i.name for i in [*last, *scored[: retention.keep_best]]}
     for old in infos:
         if old.name not in kept and not old.is_permanent and old.sequence < last[0].sequence:
@@ -277,23 +304,18 @@ def _try_info(store: StepStore, folder: StepFolder) -> CheckpointInfo | str:
     try:
         raw = store.manifest(folder.name)
         return checkpoint_info(store, folder.name, raw, parse_manifest(raw))
+    except StorageDamagedError as error:
+        return error.message
+    except StorageError:
+        raise
     except ValueError as error:
-        if isinstance(error, StorageError):
-            raise
         return str(error)
 
 
-def _rank(process_group: dist.ProcessGroup | None) -> int:
-    return dist.get_rank(process_group) if dist.is_available() and dist.is_initialized() else 0
-
-
-def _agree(value: _Value, process_group: dist.ProcessGroup | None) -> _Value:
-    """Rank 0's value, on every rank."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return value
-    shared = [value]
-    dist.broadcast_object_list(shared, group=process_group, group_src=0)
-    return shared[0]
+def _check_groups(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    for name in tensors:
+        if not name or not _GROUP_CHARACTERS.issuperset(name):
+            raise ValueError(f"tensor group {name!r} cannot be a file name; use letters, digits and _")
 
 
 def _check_json(value: object, where: str) -> None:

@@ -3,10 +3,8 @@
 The planners decide which rank writes or reads which part of which tensor (replicated tensors once, sharded
 ones where they are, at any later number of ranks). torch's own file format is not used: its metadata is a
 pickle that runs code when it is loaded, and it has no digests. Here a rank writes one safetensors file for
-each group of tensors it has a part of, hashed while it is written, and `index.json` says where the parts are:
-
-    {"model/lm_head.weight": {"dtype": "F32", "shape": [V, D],
-                              "chunks": [{"offsets": [0, 0], "sizes": [V, D], "file": ..., "key": ...}]}}
+each group of tensors it has a part of, hashed while it is written, and `index.json` says where
+they are, see `checkpoint_index`.
 """
 
 from __future__ import annotations
@@ -39,6 +37,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from wmtp.distributed.checkpoint_index import Chunk, Index
 from wmtp.distributed.checkpoint_store import StepDraft, StepStore
 from wmtp.distributed.safetensors_stream import (
     ByteSink,
@@ -47,14 +46,12 @@ from wmtp.distributed.safetensors_stream import (
     dtype_name,
     dtype_named,
     plan_file,
-    read_header,
     read_into,
     tensor_bytes,
     write_tensors,
 )
-from wmtp.exceptions import CheckpointError
+from wmtp.exceptions import CheckpointError, StorageDamagedError, StorageError, StorageMissingError
 
-Index = dict[str, dict[str, Any]]
 FileEntries = dict[str, dict[str, Any]]
 
 _SCRATCH_BYTES = 16 * 2**20
@@ -157,9 +154,9 @@ class SafetensorsWriter(StorageWriter):
         file = f"{group}{part}.safetensors"
         by_key = {_key(item): item for item in items}
         forms = []
-        for key, item in by_key.items():
+        for item in items:
             assert item.tensor_data is not None, "only tensors go through the planners"
-            forms.append((key, item.tensor_data.properties.dtype, tuple(item.tensor_data.chunk.sizes)))
+            forms.append((_key(item), item.tensor_data.properties.dtype, item.tensor_data.chunk.sizes))
         header, entries = plan_file(forms)
         assert self.draft is not None
 
@@ -201,7 +198,7 @@ class SafetensorsReader(StorageReader):
         store: holds the step.
         name: folder of the step.
         prefix: where its files lie below that, from the manifest.
-        index: content of its `index.json`.
+        index: the tensors of its `index.json`, checked.
         files: the manifest's entries, by path.
     """
 
@@ -219,6 +216,12 @@ class SafetensorsReader(StorageReader):
         self._prefix = prefix
         self._index = index
         self._files = files
+        # A file's header is not parsed: there is one that the index allows.
+        self._forms: dict[str, list[tuple[str, torch.dtype, list[int]]]] = {}
+        for tensor in index.values():
+            for chunk in tensor["chunks"]:
+                form = (chunk["key"], dtype_named(tensor["dtype"]), chunk["sizes"])
+                self._forms.setdefault(chunk["file"], []).append(form)
 
     def reset(self, checkpoint_id: object = None) -> None:
         """Nothing is kept between reads."""
@@ -260,18 +263,26 @@ class SafetensorsReader(StorageReader):
         entry = self._files[self._prefix + file]
         digest = hashlib.sha256()
         try:
+            header, stored = plan_file(self._forms[file])
+            if len(header) + sum(tensor.num_bytes for tensor in stored) != entry["size"]:
+                raise ValueError("its size is not that of the tensors that the index says are in it")
             with (
                 self._store.open(self._name, self._prefix + file) as stream,
                 ThreadPoolExecutor(1) as hasher,
             ):
-                raw, stored = read_header(stream, entry["size"])
-                digest.update(raw)
-                missing = items.keys() - {tensor.name for tensor in stored}
-                if missing:
-                    raise ValueError(f"it has no {min(missing)}")
+                found = bytearray(len(header))
+                read_into(stream, memoryview(found))
+                if found != header:
+                    raise ValueError("its header is not that of the tensors that the index says are in it")
+                digest.update(found)
                 for tensor in stored:
                     _read_tensor(stream, tensor, items.get(tensor.name, []), planner, digest, hasher)
-        except ValueError as error:
+        except (StorageMissingError, StorageDamagedError) as error:
+            raise damaged(self._store, self._name, file, error.message) from error
+        except StorageError:
+            # It cannot be reached now, which says nothing of the file.
+            raise
+        except (OSError, ValueError) as error:
             raise damaged(self._store, self._name, file, str(error)) from error
         if digest.hexdigest() != entry["sha256"]:
             raise damaged(self._store, self._name, file, "its SHA-256 differs from the manifest's")
@@ -370,6 +381,9 @@ def _tensor_metadata(tensor: Mapping[str, Any]) -> TensorStorageMetadata:
     )
 
 
-def _chunk(tensor: Mapping[str, Any], index: MetadataIndex) -> Mapping[str, Any]:
-    offsets = None if index.offset is None else list(index.offset)
-    return next(c for c in tensor["chunks"] if offsets is None or c["offsets"] == offsets)
+def _chunk(tensor: Mapping[str, Any], index: MetadataIndex) -> Chunk:
+    assert index.offset is not None
+    offsets = list(index.offset)
+    # A rank without a share of it has written one of size 0.
+    found: Chunk = next(c for c in tensor["chunks"] if c["offsets"] == offsets and all(c["sizes"]))
+    return found

@@ -16,15 +16,18 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from wmtp.distributed.checkpoint_files import FileEntries, SafetensorsReader
+from wmtp.distributed.checkpoint_index import Index, check_index
 from wmtp.distributed.checkpoint_store import StepStore
 from wmtp.distributed.checkpoint_tensors import TensorGroup
 from wmtp.distributed.publishing import is_inside, parse_manifest
-from wmtp.distributed.safetensors_stream import ByteSource, dtype_named
+from wmtp.distributed.safetensors_stream import ByteSource, dtype_named, read_into
 from wmtp.exceptions import CheckpointError, StorageDamagedError, StorageError, StorageMissingError
 
 FORMAT = "wmtp-checkpoint"
 STATE_NAME = "state.json"
 INDEX_NAME = "index.json"
+# Of state and index: 100 times what large runs have, and little enough to be parsed.
+MAX_JSON_BYTES = 256 * 2**20
 _HASH_CHUNK_BYTES = 4 * 2**20
 
 
@@ -75,20 +78,24 @@ class Checkpoint:
             raise _invalid(store, name, str(error)) from error
         self._files: FileEntries = self._manifest["files"]
         self._prefix = str(self._manifest.get("prefix", ""))
-        self._index: dict[str, Any] | None = None
+        self._checked_index: tuple[Index, dict[str, dict[str, str]]] | None = None
         self._state: dict[str, Any] | None = None
 
     @property
     def state(self) -> dict[str, Any]:
         """The JSON state, as given to `save_checkpoint`."""
         if self._state is None:
-            self._state = self._read_json(STATE_NAME)
+            state = self._read_json(STATE_NAME)
+            if not isinstance(state, dict):
+                raise _invalid(self.store, self.name, f"{STATE_NAME}: it is no JSON object")
+            self._state = state
         return self._state
 
     @property
     def groups(self) -> list[str]:
         """Names of its tensor groups."""
-        return sorted({name.partition("/")[0] for name in self._tensors()} | self._aliases().keys())
+        tensors, aliases = self._index()
+        return sorted({name.partition("/")[0] for name in tensors} | aliases.keys())
 
     @property
     def files(self) -> dict[str, dict[str, Any]]:
@@ -136,14 +143,15 @@ class Checkpoint:
             CheckpointError: there is no such group, or a file is damaged.
         """
         self._require(group)
+        tensors, aliases = self._index()
         made: TensorGroup = {}
-        for full_name, tensor in self._tensors().items():
+        for full_name, tensor in tensors.items():
             owner, _, name = full_name.partition("/")
             if owner == group:
                 shape, dtype = torch.Size(tensor["shape"]), dtype_named(tensor["dtype"])
                 made[name] = torch.empty(shape, dtype=dtype) if make is None else make(name, shape, dtype)
         self._fill({group: made})
-        for name, source in self._aliases().get(group, {}).items():
+        for name, source in aliases.get(group, {}).items():
             made[name] = made[source]
         return made
 
@@ -162,8 +170,9 @@ class Checkpoint:
         copies: list[tuple[Tensor, Tensor]] = []
         for group, tensors in targets.items():
             self._require(group)
-            aliases = self._aliases().get(group, {})
-            saved = {n.partition("/")[2]: t for n, t in self._tensors().items() if n.startswith(f"{group}/")}
+            all_saved, all_aliases = self._index()
+            aliases = all_aliases.get(group, {})
+            saved = {n.partition("/")[2]: t for n, t in all_saved.items() if n.startswith(f"{group}/")}
             self._check_names(group, tensors.keys(), saved.keys() | aliases.keys())
             for name, tensor in tensors.items():
                 shape = tuple(saved[aliases.get(name, name)]["shape"])
@@ -183,13 +192,11 @@ class Checkpoint:
         if not flat:
             return
         reader = SafetensorsReader(
-            self.store, self.name, prefix=self._prefix, index=self._tensors(), files=self._files
+            self.store, self.name, prefix=self._prefix, index=self._index()[0], files=self._files
         )
         run_planners(lambda: load(flat, storage_reader=reader))
 
     def _file_problem(self, path: str, entry: Mapping[str, Any], *, hashes: bool) -> str | None:
-        if not is_inside(path):
-            return "the name points out of the folder"
         try:
             size = self.store.size(self.name, path)
             if size != entry["size"]:
@@ -210,36 +217,48 @@ class Checkpoint:
                 digest.update(view[:count])
         return digest.hexdigest()
 
-    def _read_json(self, file: str) -> dict[str, Any]:
+    def _read_json(self, file: str) -> Any:
         path = self._prefix + file
-        problem = self._file_problem(path, self._files[path], hashes=False)
-        if problem is None:
+        entry = self._files[path]
+        self._require_size(path)
+        try:
+            if entry["size"] > MAX_JSON_BYTES:
+                raise ValueError(f"{entry['size']} bytes are more than such a file has")
+            raw = bytearray(entry["size"])
             with self.store.open(self.name, path) as stream:
-                raw = bytearray(self._files[path]["size"])
-                done = 0
-                while count := stream.readinto(memoryview(raw)[done:]):
-                    done += count
-            if hashlib.sha256(raw).hexdigest() == self._files[path]["sha256"]:
-                content: dict[str, Any] = json.loads(raw)
-                return content
-            problem = "its SHA-256 differs from the manifest's"
-        raise _invalid(self.store, self.name, f"{file}: {problem}")
+                read_into(stream, memoryview(raw))
+            if hashlib.sha256(raw).hexdigest() != entry["sha256"]:
+                raise ValueError("its SHA-256 differs from the manifest's")
+            return json.loads(raw)
+        except (StorageMissingError, StorageDamagedError) as error:
+            raise _invalid(self.store, self.name, f"{file}: {error.message}") from error
+        except StorageError:
+            raise
+        except (OSError, ValueError, RecursionError) as error:
+            raise _invalid(self.store, self.name, f"{file}: {error}") from error
 
-    def _tensors(self) -> dict[str, Any]:
-        if self._index is None:
-            self._index = self._read_json(INDEX_NAME)
-        tensors: dict[str, Any] = self._index["tensors"]
-        return tensors
-
-    def _aliases(self) -> dict[str, dict[str, str]]:
-        self._tensors()
-        assert self._index is not None
-        aliases: dict[str, dict[str, str]] = self._index["aliases"]
-        return aliases
+    def _index(self) -> tuple[Index, dict[str, dict[str, str]]]:
+        """Tensors and aliases of `index.json`, checked against the manifest."""
+        if self._checked_index is None:
+            content = self._read_json(INDEX_NAME)
+            try:
+                self._checked_index = check_index(content, {n: e["size"] for n, e in self.files.items()})
+            except ValueError as error:
+                raise _invalid(self.store, self.name, f"{INDEX_NAME}: {error}") from error
+        return self._checked_index
 
     def _require(self, group: str) -> None:
+        """Raise where there is no such group, or a file of it has not the size that memory is taken for."""
         if group not in self.groups:
             raise self._misfit(f"it has no {group!r}; it holds {', '.join(self.groups)}")
+        tensors = (t for name, t in self._index()[0].items() if name.startswith(f"{group}/"))
+        for file in sorted({chunk["file"] for tensor in tensors for chunk in tensor["chunks"]}):
+            self._require_size(self._prefix + file)
+
+    def _require_size(self, path: str) -> None:
+        problem = self._file_problem(path, self._files[path], hashes=False)
+        if problem is not None:
+            raise _invalid(self.store, self.name, f"{path.removeprefix(self._prefix)}: {problem}")
 
     def _check_names(self, group: str, here: Any, saved: Any) -> None:
         missing, unexpected = sorted(saved - here), sorted(here - saved)
@@ -257,20 +276,25 @@ class Checkpoint:
 
 
 def checkpoint_info(store: StepStore, name: str, raw: bytes, manifest: Mapping[str, Any]) -> CheckpointInfo:
-    """What a manifest says of its checkpoint; a ValueError where it is another kind of folder's."""
-    prefix = str(manifest.get("prefix", ""))
-    listed = {prefix + STATE_NAME, prefix + INDEX_NAME} <= manifest["files"].keys()
-    if manifest.get("format") != FORMAT or not listed:
+    """What a manifest says of its checkpoint; a ValueError where that cannot be one."""
+    prefix, files = manifest.get("prefix"), manifest["files"]
+    step, sequence, score = manifest.get("step"), manifest.get("sequence"), manifest.get("score")
+    is_permanent = manifest.get("permanent")
+    if (
+        manifest.get("format") != FORMAT
+        or not isinstance(prefix, str)
+        or not {prefix + STATE_NAME, prefix + INDEX_NAME} <= files.keys()
+        or type(step) is not int
+        or type(sequence) is not int
+        or not isinstance(score, int | float | None)
+        or type(is_permanent) is not bool
+    ):
         raise ValueError("it was not written as a training checkpoint by this version")
-    return CheckpointInfo(
-        name=name,
-        uri=store.uri(name),
-        step=manifest["step"],
-        sequence=manifest["sequence"],
-        score=manifest["score"],
-        is_permanent=manifest["permanent"],
-        manifest_sha256=hashlib.sha256(raw).hexdigest(),
-    )
+    for path in files:
+        if not is_inside(path) or not path.startswith(prefix):
+            raise ValueError(f"the name {path!r} in its manifest points out of the folder")
+    digest = hashlib.sha256(raw).hexdigest()
+    return CheckpointInfo(name, store.uri(name), step, sequence, score, is_permanent, digest)
 
 
 def _invalid(store: StepStore, name: str, reason: str) -> CheckpointError:

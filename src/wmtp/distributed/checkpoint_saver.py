@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ from wmtp.distributed.checkpoint import Retention, copy_checkpoint, list_checkpo
 from wmtp.distributed.checkpoint_reading import Checkpoint, CheckpointInfo
 from wmtp.distributed.checkpoint_store import LocalStore, StepStore
 from wmtp.distributed.checkpoint_tensors import copy_to_host
+from wmtp.distributed.ranks import is_distributed, raise_together, rank_in
 from wmtp.exceptions import StorageUnavailableError
 
 logger = logging.getLogger(__name__)
@@ -59,7 +61,7 @@ class CheckpointSaver:
         self._pending: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if is_async else None
         # The thread has collectives of its own, which must not mix with those of training.
-        self._group = dist.new_group(backend="gloo") if is_async and _is_distributed() else None
+        self._group = dist.new_group(backend="gloo") if is_async and is_distributed() else None
 
     def save(self, request: SaveRequest) -> None:
         """Save now, or begin to; waits for the save before it."""
@@ -67,7 +69,9 @@ class CheckpointSaver:
         if self._thread is None:
             self._save(request)
             return
-        copied = SaveRequest(request.step, copy_to_host(request.tensors), request.state, request.score)
+        # Both are out of reach of training from here on.
+        tensors, state = copy_to_host(request.tensors), copy.deepcopy(request.state)
+        copied = SaveRequest(request.step, tensors, state, request.score)
         self._pending = self._thread.submit(self._save, copied)
 
     def raise_if_failed(self) -> None:
@@ -118,14 +122,27 @@ class CheckpointSaver:
         )
 
     def _bring_back(self) -> None:
-        """Copy what the fallback holds to the store, oldest first, and remove it there."""
+        """Copy what the fallback holds to the store, oldest first, and remove it there; rank 0 does."""
         if self._fallback is None:
             return
-        for info in list_checkpoints(self._fallback):
-            copy_checkpoint(Checkpoint(self._fallback, info.name), self.store)
-            self._fallback.discard(info.name)
+        failure: BaseException | None = None
+        if rank_in(self._group) == 0:
+            try:
+                for info in list_checkpoints(self._fallback):
+                    self._bring_one_back(self._fallback, info)
+            except BaseException as error:
+                failure = error
+        raise_together(failure, self.store.uri(), self._group)
+
+    def _bring_one_back(self, fallback: LocalStore, info: CheckpointInfo) -> None:
+        checkpoint = Checkpoint(fallback, info.name)
+        problems = checkpoint.problems()
+        if problems:
+            # Nothing would be saved any more if this were an error.
+            logger.warning("%s is damaged and stays where it is: %s", info.uri, "; ".join(problems))
+            return
+        present = {found.name: found.sequence for found in list_checkpoints(self.store)}
+        if present.get(info.name, 0) < info.sequence:
+            copy_checkpoint(checkpoint, self.store)
             logger.warning("step %d was brought from %s to %s", info.step, info.uri, self.store.uri())
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+        fallback.discard(info.name)

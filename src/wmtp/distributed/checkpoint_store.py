@@ -83,7 +83,7 @@ class StepStore(Protocol):
         """Bytes of a file of a step; an OSError or StorageError when it cannot be had."""
 
     def open(self, name: str, file: str) -> AbstractContextManager[ByteSource]:
-        """A file of a step, to be read front to back with `readinto`."""
+        """A file of a step, to be read front to back with `readinto`; errors are those of `size`."""
 
     def draft(self, name: str, draft_id: str) -> StepDraft:
         """Begin a step; several ranks take part by the same id."""
@@ -141,7 +141,8 @@ class LocalStore:
         return status.st_size
 
     def open(self, name: str, file: str) -> AbstractContextManager[ByteSource]:
-        """See `StepStore.open`."""
+        """See `StepStore.open`; refuses what `size` refuses."""
+        self.size(name, file)
         return open(self.run_dir / name / file, "rb", buffering=0)
 
     def draft(self, name: str, draft_id: str) -> StepDraft:

@@ -11,29 +11,32 @@ from torch.distributed.tensor import DTensor
 TensorGroup = dict[str, Tensor]
 
 
-def split_aliases(
-    groups: Mapping[str, Mapping[str, Tensor]],
-) -> tuple[TensorGroup, dict[str, dict[str, str]]]:
-    """Flatten groups to `<group>/<name>`, keeping one name of each tensor.
+def find_aliases(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, str]]:
+    """Which names mean one tensor: group -> name -> the name under which the same memory is stored.
 
-    Returns:
-        `(tensors, aliases)`: aliases are group -> name -> the name under which the same memory is stored.
-        Tied embeddings are the usual case; two names for one tensor come back as one tensor.
+    Tied embeddings are the usual case; two names for one tensor come back as one tensor.
     """
-    flat: TensorGroup = {}
     aliases: dict[str, dict[str, str]] = {}
     for group, tensors in groups.items():
         aliases[group] = {}
         first_name: dict[tuple[object, ...], str] = {}
         for name in sorted(tensors):
-            tensor = tensors[name].detach()
-            identity = _identity(tensor)
-            if tensor.numel() and identity in first_name:
+            identity = _identity(tensors[name].detach())
+            if identity is not None and first_name.setdefault(identity, name) != name:
                 aliases[group][name] = first_name[identity]
-                continue
-            first_name[identity] = name
-            flat[f"{group}/{name}"] = tensor
-    return flat, aliases
+    return aliases
+
+
+def flatten_groups(
+    groups: Mapping[str, Mapping[str, Tensor]], aliases: Mapping[str, Mapping[str, str]]
+) -> TensorGroup:
+    """All tensors as `<group>/<name>`, without the aliases."""
+    return {
+        f"{group}/{name}": tensors[name].detach()
+        for group, tensors in groups.items()
+        for name in sorted(tensors)
+        if name not in aliases[group]
+    }
 
 
 def copy_to_host(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, TensorGroup]:
@@ -54,8 +57,9 @@ def copy_to_host(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor
     return copies
 
 
-def _identity(tensor: Tensor) -> tuple[object, ...]:
+def _identity(tensor: Tensor) -> tuple[object, ...] | None:
+    """What two names of one tensor have in common; None for a tensor without memory."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     if not local.numel():
-        return (id(tensor),)
+        return None
     return (local.device, local.dtype, local.data_ptr(), tuple(local.shape), tuple(local.stride()))

@@ -30,7 +30,7 @@ MANIFEST_SCHEMA = 1
 STAGING_PATTERN = re.compile(r"^(?P<name>.+)\.(?P<kind>tmp|replaced)-[0-9a-f]{32}$")
 
 # A manifest holds about 150 bytes a file; one above this size was not written by this module.
-_MAX_MANIFEST_BYTES = 64 * 2**20
+MAX_MANIFEST_BYTES = 64 * 2**20
 _HASH_CHUNK_BYTES = 4 * 2**20
 
 
@@ -107,13 +107,13 @@ def read_manifest_bytes(directory: str | os.PathLike[str]) -> bytes:
     path = Path(directory) / MANIFEST_NAME
     try:
         status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_MANIFEST_BYTES:
+            raise ValueError(f"{MANIFEST_NAME} is not a plain file of a sensible size")
+        return path.read_bytes()
     except OSError as error:
         raise ValueError(
             f"{MANIFEST_NAME} cannot be read ({error.strerror}): the save was not finished"
         ) from error
-    if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_MANIFEST_BYTES:
-        raise ValueError(f"{MANIFEST_NAME} is not a plain file of a sensible size")
-    return path.read_bytes()
 
 
 def parse_manifest(raw: bytes) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def parse_manifest(raw: bytes) -> dict[str, Any]:
         body = {key: value for key, value in manifest.items() if key != "sha256"}
         # Compared as bytes, so that a change in blanks or in the order of keys is found too.
         is_whole = _digested(body) == raw
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{MANIFEST_NAME} is damaged: {error}") from error
     if not is_whole:
         raise ValueError(f"{MANIFEST_NAME} is damaged: its own digest does not match")

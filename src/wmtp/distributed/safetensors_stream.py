@@ -3,8 +3,7 @@
 The library reads and writes whole files on local disks; a checkpoint also goes to and comes from object
 stores, and is hashed on the way. The format is the library's own: eight bytes that say how long the header
 is, a JSON header, the bytes of the tensors. Nothing in a file can run code, and no number in it is believed:
-a header that is too long, leaves gaps, overlaps or disagrees with the size of the file is refused before
-anything is allocated.
+a reader knows from elsewhere what the file must hold, and takes only the header that says so.
 """
 
 from __future__ import annotations
@@ -19,9 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-# The library's own limit.
-_MAX_HEADER_BYTES = 100_000_000
 _ALIGNMENT = 8
+_METADATA = "__metadata__"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -94,8 +92,14 @@ def plan_file(forms: Sequence[tuple[str, torch.dtype, Sequence[int]]]) -> tuple[
     """Lay out a file: its header, and its tensors in the order their bytes must follow.
 
     Wide dtypes come first, as in the library, so that every tensor starts at a multiple of its item size.
+
+    Raises:
+        ValueError: two have one name, or a name means something else in the format.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    names = {name for name, _, _ in forms}
+    if len(names) != len(forms) or _METADATA in names:
+        raise ValueError(f"tensor names of a file must differ from each other and from {_METADATA}")
+    header: dict[str, object] = {_METADATA: {"format": "pt"}}
     entries = []
     start = 0
     for name, dtype, shape in sorted(forms, key=lambda form: (-form[1].itemsize, form[0])):
@@ -116,41 +120,6 @@ def write_tensors(file: ByteSink, header: bytes, tensors: Iterable[Tensor]) -> N
         file.write(tensor_bytes(tensor.detach().cpu().contiguous()))
 
 
-def read_header(stream: ByteSource, num_bytes: int) -> tuple[bytes, list[StoredTensor]]:
-    """Read and check the header of a file of `num_bytes` from the stream's beginning.
-
-    Returns:
-        The raw bytes read, for hashing, and the tensors in the order of their bytes.
-
-    Raises:
-        ValueError: it is not a safetensors file, or its header cannot be right; nothing large was allocated.
-    """
-    if num_bytes < 8:
-        raise ValueError("it is too short for a safetensors file")
-    prefix = _read(stream, 8)
-    (length,) = struct.unpack("<Q", prefix)
-    if length > min(_MAX_HEADER_BYTES, num_bytes - 8):
-        raise ValueError(f"its header claims {length} bytes of a file of {num_bytes}")
-    raw = _read(stream, length)
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        entries = sorted(
-            (_entry(name, content) for name, content in header.items()),
-            key=lambda entry: (entry.start, entry.num_bytes),
-        )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"its header is damaged: {error!r}") from error
-    end = 0
-    for entry in entries:
-        if entry.start != end:
-            raise ValueError(f"{entry.name} does not begin where the tensor before it ends")
-        end += entry.num_bytes
-    if 8 + length + end != num_bytes:
-        raise ValueError(f"its tensors need {8 + length + end} bytes and the file has {num_bytes}")
-    return prefix + raw, entries
-
-
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as writable bytes, without a copy."""
     array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
@@ -165,23 +134,3 @@ def read_into(stream: ByteSource, view: memoryview) -> None:
         if not count:
             raise ValueError(f"it ends {len(view) - done} bytes early")
         done += count
-
-
-def _read(stream: ByteSource, num_bytes: int) -> bytes:
-    content = bytearray(num_bytes)
-    read_into(stream, memoryview(content))
-    return bytes(content)
-
-
-def _entry(name: str, content: dict[str, Any]) -> StoredTensor:
-    shape, offsets = content["shape"], content["data_offsets"]
-    if not (_are_counts(shape) and _are_counts(offsets) and len(offsets) == 2):
-        raise ValueError(f"{name} has a shape or offsets that are no lists of counts")
-    entry = StoredTensor(name, dtype_named(content["dtype"]), tuple(shape), offsets[0])
-    if entry.start + entry.num_bytes != offsets[1]:
-        raise ValueError(f"{name} has offsets that do not fit its shape")
-    return entry
-
-
-def _are_counts(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)

@@ -20,9 +20,15 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from wmtp.distributed.checkpoint_store import LATEST_NAME, STEP_NAME, StepFolder
-from wmtp.distributed.publishing import MANIFEST_NAME, is_inside, parse_manifest
+from wmtp.distributed.publishing import MANIFEST_NAME, MAX_MANIFEST_BYTES, is_inside, parse_manifest
 from wmtp.distributed.safetensors_stream import ByteSink, ByteSource
-from wmtp.exceptions import CheckpointError, StorageConflictError, StorageError, StorageMissingError
+from wmtp.exceptions import (
+    CheckpointError,
+    StorageConflictError,
+    StorageDamagedError,
+    StorageError,
+    StorageMissingError,
+)
 from wmtp.storage.s3 import S3Manager
 
 logger = logging.getLogger(__name__)
@@ -55,16 +61,19 @@ class S3Store:
 
     def manifest(self, name: str) -> bytes:
         """See `StepStore.manifest`."""
+        found = self._manager.stat(self._manifest_uri(name))
         try:
-            return self._manager.read_bytes(self._manifest_uri(name))[0]
+            if found is None:
+                raise _UnfinishedError(f"it has no {MANIFEST_NAME}: the save was not finished")
+            if found.size > MAX_MANIFEST_BYTES:
+                raise ValueError(f"{MANIFEST_NAME} is not of a sensible size")
+            return self._manager.read_bytes(found.key)[0]
         except StorageMissingError as error:
-            raise ValueError(f"it has no {MANIFEST_NAME}: the save was not finished") from error
+            raise _UnfinishedError(f"its {MANIFEST_NAME} has just been deleted") from error
 
     def size(self, name: str, file: str) -> int:
         """See `StepStore.size`."""
-        if not is_inside(file):
-            raise OSError(f"{file!r} points out of the folder")
-        found = self._manager.stat(f"{self.uri(name)}/{file}")
+        found = self._manager.stat(self._file_uri(name, file))
         if found is None:
             raise OSError("it does not exist")
         return found.size
@@ -72,7 +81,7 @@ class S3Store:
     @contextmanager
     def open(self, name: str, file: str) -> Iterator[ByteSource]:
         """See `StepStore.open`."""
-        with self._manager.open_sequential(f"{self.uri(name)}/{file}") as stream:
+        with self._manager.open_sequential(self._file_uri(name, file)) as stream:
             yield cast(ByteSource, stream)
 
     def draft(self, name: str, draft_id: str) -> _S3Draft:
@@ -88,16 +97,19 @@ class S3Store:
         """See `StepStore.clean`."""
         for folder in self.folders():
             uri = self.uri(folder.name)
+            kept: tuple[str, ...] = ()
             try:
                 prefix = str(parse_manifest(self.manifest(folder.name)).get("prefix", ""))
+                kept = (f"{uri}/{prefix}", f"{uri}/{MANIFEST_NAME}")
+            except _UnfinishedError:
+                pass
+            except StorageDamagedError:
+                continue
             except StorageError:
                 raise
-            except ValueError as error:
-                if not str(error).startswith(f"it has no {MANIFEST_NAME}"):
-                    # Damaged, not unfinished: what it holds may be all there is.
-                    continue
-                prefix = None
-            kept = () if prefix is None else (f"{uri}/{prefix}", f"{uri}/{MANIFEST_NAME}")
+            except ValueError:
+                # Damaged, not unfinished: what it holds may be all there is.
+                continue
             objects = self._manager.list_objects(f"{uri}/")
             self._manager.delete([found.key for found in objects if not found.key.startswith(kept)])
 
@@ -125,6 +137,15 @@ class S3Store:
     def _manifest_uri(self, name: str) -> str:
         return f"{self.uri(name)}/{MANIFEST_NAME}"
 
+    def _file_uri(self, name: str, file: str) -> str:
+        if not is_inside(file):
+            raise OSError(f"{file!r} points out of the folder")
+        return f"{self.uri(name)}/{file}"
+
+
+class _UnfinishedError(ValueError):
+    """A step folder without a manifest."""
+
 
 class _S3Draft:
     def __init__(self, manager: S3Manager, step_uri: str, prefix: str, claim: _Claim | None) -> None:
@@ -133,6 +154,7 @@ class _S3Draft:
         self._step_uri = step_uri
         self._claim = claim
         self._replaced = manager.stat(f"{step_uri}/{MANIFEST_NAME}")
+        self._may_be_committed = False
 
     @contextmanager
     def create(self, name: str) -> Iterator[ByteSink]:
@@ -143,17 +165,22 @@ class _S3Draft:
         if self._claim is not None:
             self._claim.require()
         etag = None if self._replaced is None else self._replaced.etag
+        self._may_be_committed = True
         try:
             self._manager.write_bytes(
                 f"{self._step_uri}/{MANIFEST_NAME}", manifest, if_absent=etag is None, if_match=etag
             )
         except StorageConflictError as error:
+            self._may_be_committed = False
             raise CheckpointError(
                 f"Another process has saved {self._step_uri} in the meantime.",
                 remedy="Give each run its own --run-name; two runs must not share a folder.",
             ) from error
 
     def abandon(self) -> None:
+        if self._may_be_committed:
+            # The answer to the manifest may have been lost: files of a committed step must stay.
+            return
         try:
             objects = self._manager.list_objects(f"{self._step_uri}/{self.prefix}")
             self._manager.delete([found.key for found in objects])
@@ -172,6 +199,7 @@ class _Claim:
         self._lease_s = manager.settings.lease_s
         self._etag = ""
         self._lost: str | None = None
+        self._renewing = threading.Lock()
         self._ended = threading.Event()
 
     @contextmanager
@@ -187,7 +215,13 @@ class _Claim:
             self._release()
 
     def require(self) -> None:
-        """Raise a CheckpointError when another process has taken the run over."""
+        """Raise a CheckpointError when another process has taken the run over; asks the store.
+
+        Raises:
+            StorageError: it cannot be asked.
+        """
+        # A process that was suspended for a while has not noticed yet.
+        self._renew()
         if self._lost is not None:
             raise CheckpointError(
                 f"Another process has taken over {self._uri.rpartition('/')[0]}: {self._lost}",
@@ -240,15 +274,25 @@ class _Claim:
         return self._manager.write_bytes(self._uri, content, if_absent=if_match is None, if_match=if_match)
 
     def _renew_until_ended(self) -> None:
-        while not self._ended.wait(self._lease_s / _RENEWALS_PER_LEASE):
+        while self._lost is None and not self._ended.wait(self._lease_s / _RENEWALS_PER_LEASE):
             try:
-                self._etag = self._write(if_match=self._etag)
-            except StorageConflictError:
-                present = self._read()
-                self._lost = "unknown" if present is None else str(present[0].get("process"))
-                return
+                self._renew()
             except StorageError as error:
                 logger.warning("the claim on %s could not be renewed: %s", self._uri, error.message)
+
+    def _renew(self) -> None:
+        with self._renewing:
+            if self._lost is not None:
+                return
+            try:
+                self._etag = self._write(if_match=self._etag)
+            except (StorageConflictError, StorageMissingError):
+                present = self._read()
+                if present is None or present[0].get("id") != self._owner["id"]:
+                    self._lost = "ended since" if present is None else str(present[0].get("process"))
+                    return
+                # An earlier renewal was written and its answer lost.
+                self._etag = present[1]
 
     def _release(self) -> None:
         try:
