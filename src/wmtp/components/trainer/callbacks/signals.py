@@ -104,14 +104,29 @@ def _quit_at_second_sigint(reader: int) -> None:
     os.close(reader)
 
 
+def _hold_signals() -> None:
+    """Before a fork: a signal waits until the new process has its own handlers."""
+    if _entered:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
+def _release_signals() -> None:
+    """After a fork, in the process that forked."""
+    if _entered:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
 def _leave_signals_to_the_parent() -> None:
-    """In a forked process: the parent decides when to stop, and its pipe must not hear of this process."""
+    """After a fork, in the new process: the parent decides when to stop, and its pipe hears of it alone."""
     if _entered:
         _entered.clear()
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
-os.register_at_fork(after_in_child=_leave_signals_to_the_parent)
+os.register_at_fork(
+    before=_hold_signals, after_in_parent=_release_signals, after_in_child=_leave_signals_to_the_parent
+)
