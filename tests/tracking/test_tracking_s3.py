@@ -317,9 +317,12 @@ def test_processes_that_write_to_one_prefix_at_the_same_time_all_survive(
             assert sum(key.startswith("checkpoints/") for key in run.data.tags) == 5
 
 
+@pytest.mark.parametrize("is_first", [True, False])
 def test_a_write_in_between_is_not_lost(
-    storage: S3Manager, prefix: str, monkeypatch: pytest.MonkeyPatch
+    storage: S3Manager, prefix: str, monkeypatch: pytest.MonkeyPatch, is_first: bool
 ) -> None:
+    if not is_first:
+        _manager(storage, prefix).finish()
     first = _manager(storage, prefix)
     second = _manager(storage, prefix)
     write = S3Manager.write_bytes
@@ -333,7 +336,7 @@ def test_a_write_in_between_is_not_lost(
 
     monkeypatch.setattr(S3Manager, "write_bytes", write_after_another)
     first.finish()
-    assert conflicts[0]["if_absent"]  # type: ignore[call-overload]
+    assert conflicts[0]["if_absent"] == is_first  # type: ignore[call-overload]
     with _all_runs(storage, prefix) as client:
         assert {client.get_run(manager.run_id).info.status for manager in (first, second)} == {"FINISHED"}
 
