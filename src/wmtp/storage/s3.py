@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -24,6 +24,7 @@ from wmtp.storage.s3_upload import UploadStream, etag_of, put_object
 # What small reads (headers, JSON) are rounded up to.
 _BUFFER_BYTES = 1024 * 1024
 _MAX_DELETED_AT_ONCE = 1000
+_PAGE_SIZE = 1000
 
 
 def create_s3_manager(config: Config) -> S3Manager:
@@ -84,7 +85,7 @@ class S3Manager:
 
         def get() -> tuple[bytes, str]:
             answer = self._client.request_once("get_object", **split_uri(uri), ChecksumMode="ENABLED")
-            with answer["Body"] as body:
+            with closing(answer["Body"]) as body:
                 return body.read(), etag_of(answer)
 
         return self._client.retry(uri, get)
@@ -211,7 +212,7 @@ class S3Manager:
 
     def _pages(self, uri: str, **arguments: Any) -> Iterator[dict[str, Any]]:
         target = split_uri(uri)
-        arguments |= {"Bucket": target["Bucket"], "Prefix": target["Key"]}
+        arguments |= {"Bucket": target["Bucket"], "Prefix": target["Key"], "MaxKeys": _PAGE_SIZE}
         while True:
             page = self._client.request("list_objects_v2", uri, **arguments)
             yield page

@@ -91,6 +91,7 @@ class S3Client:
         Raises:
             StorageError: of the kind of the last failure.
         """
+        where = self.where  # connects, which takes a while the first time
         limit_s = self.settings.deadline_s if deadline_s is None else deadline_s
         begin = time.monotonic()
         num_tries = 0
@@ -99,7 +100,7 @@ class S3Client:
             try:
                 result = action()
             except fault_types() as error:
-                fault = explain(error, uri, self.where)
+                fault = explain(error, uri, where)
                 on_fault(fault)
                 self._was_reached |= fault.was_answered
                 spent_s = time.monotonic() - begin

@@ -28,10 +28,19 @@ _WRONG_REGION = (
     "TemporaryRedirect",
     "IncorrectEndpoint",
 )
-_DAMAGED_ON_THE_WAY = ("BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "IncompleteBody")
+# botocore writes well-formed XML: what is malformed was changed on the way.
+_DAMAGED_ON_THE_WAY = (
+    "BadDigest",
+    "InvalidDigest",
+    "XAmzContentSHA256Mismatch",
+    "IncompleteBody",
+    "MalformedXML",
+)
 _FULL = ("InsufficientStorage", "XMinioStorageFull", "QuotaExceeded", "XMinioAdminBucketQuotaExceeded")
 _BUSY = ("SlowDown", "Throttling", "ThrottlingException", "RequestTimeout", "RequestLimitExceeded")
-_CHECK_NETWORK = "check s3.endpoint_url, the network and the server, then try again"
+_CHECK_NETWORK = (
+    "check s3.endpoint_url, the network, and the server (its log, its free space), then try again"
+)
 
 
 class Retry(Enum):

@@ -9,6 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from wmtp.exceptions import StorageDamagedError
 from wmtp.storage.s3_client import S3Client
 from wmtp.storage.s3_streams import S3Object, read_range
@@ -104,7 +106,9 @@ class SequentialStream(io.RawIOBase):
         count = min(len(view), len(part.content) - offset)
         if self._position + count == self._target.size:
             self._verify()
-        view[:count] = part.content[offset : offset + count]
+        # numpy lets other threads run meanwhile, an assignment of memory views does not.
+        source = np.frombuffer(part.content, np.uint8, count, offset)
+        np.copyto(np.frombuffer(view, np.uint8, count), source)
         self._position += count
         if offset + count == len(part.content):
             self._done.append(self._ahead.popleft())

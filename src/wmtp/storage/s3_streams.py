@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -13,7 +14,7 @@ from wmtp.exceptions import StorageConflictError, StorageDamagedError
 from wmtp.storage.s3_client import S3Client
 
 # Read from a connection at a time: between two, the deadline is looked at.
-_CHUNK_BYTES = 256 * 1024
+_CHUNK_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def read_range(client: S3Client, target: S3Object, start: int, view: memoryview)
             Range=f"bytes={first}-{last}",
             IfMatch=f'"{target.etag}"',
         )
-        with answer["Body"] as body:
+        with closing(answer["Body"]) as body:
             if answer["ContentLength"] != last - first + 1:
                 raise StorageDamagedError(
                     f"{target.key} gave {answer['ContentLength']} bytes, not the {last - first + 1} wanted",
