@@ -47,7 +47,10 @@ def streamed(recipe: str, output: Path, rows_file: Path, *more: str) -> list[str
     return train_arguments(recipe, output, *(part for key in settings for part in ("--set", key)), *more)
 
 
-@pytest.mark.parametrize(("recipe", "num_workers"), [("mtp_baseline", 0), ("rho1_wmtp_weighted", 2)])
+@pytest.mark.parametrize(
+    ("recipe", "num_workers"),
+    [("mtp_baseline", 2), pytest.param("rho1_wmtp_weighted", 0, marks=pytest.mark.slow)],
+)
 def test_six_steps_equal_three_and_three_bit_for_bit(
     recipe: str, num_workers: int, tmp_path: Path, rows_file: Path
 ) -> None:

@@ -100,7 +100,9 @@ def test_generated_examples_stream_and_resume_like_files() -> None:
 
 
 def test_positions_survive_json(tmp_path: Path) -> None:
-    sources = open_sources(write_rows(tmp_path / "a.jsonl", numbered(0, 5)), "builtin:microcode")
+    sources = open_sources(
+        write_rows(tmp_path / "a.jsonl", numbered(0, 5)), write_rows(tmp_path / "b.json", numbered(9, 5))
+    )
     _, positions, _ = list(read_epoch(sources, StreamPosition.start(2), seed=0, shuffle=True))[6]
     position = StreamPosition(1, 4, positions)
     assert StreamPosition.from_json(position.to_json()) == position

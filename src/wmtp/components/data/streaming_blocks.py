@@ -199,7 +199,7 @@ def read_blocks(
     count = TokenizedCount()
     for chunk in chunks:
         if chunk.error is not None:
-            raise chunk.error
+            break
         features += chunk.features
         count += chunk.count
         if chunk.after is not None:
@@ -208,6 +208,12 @@ def read_blocks(
             yield block
             del block
             features, count = [], TokenizedCount()
+    error = chunk.error
+    # The traceback would keep the workers; their end would then be left to the garbage collector, which takes
+    # their queues away first and waits ten seconds for each.
+    del chunks, chunk
+    assert error is not None, "chunks end with an error"
+    raise error
 
 
 def _unchanged(tokenized: _Tokenized) -> _Tokenized:
