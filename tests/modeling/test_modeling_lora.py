@@ -14,10 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from wmtp.distributed.checkpoint import save_checkpoint
+from wmtp.distributed.checkpoint_reading import Checkpoint
+from wmtp.distributed.checkpoint_store import LocalStore
 from wmtp.exceptions import ModelLoadError, UserInputError
 from wmtp.modeling import MTPModel, ValueHead, choose_trainable
 from wmtp.modeling.lora import add_lora, check_same_base, fingerprint, merge_lora, plain_state_dict
-from wmtp.modeling.trainable import checkpoint_tensors, learned_parameters, load_checkpoint_tensors
+from wmtp.modeling.trainable import checkpoint_tensors, learned_parameters
 
 FAMILIES = ("llama", "gpt2", "mixtral", "gemma2", "phi")
 
@@ -41,6 +44,13 @@ def adapt(model: MTPModel, **options: object) -> MTPModel:
             if name in model.lora.parameter_names:
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
     return model
+
+
+def save_and_load(run_dir: Path, model: MTPModel, resumed: MTPModel) -> None:
+    """Bring what a checkpoint keeps of a model into another one."""
+    store = LocalStore(run_dir)
+    info = save_checkpoint(store, 1, tensors={"model": checkpoint_tensors(model)}, state={})
+    Checkpoint(store, info.name).load_into({"model": checkpoint_tensors(resumed)})
 
 
 def requires_bitsandbytes() -> None:
@@ -129,14 +139,14 @@ def test_the_export_is_a_plain_model_with_the_same_logits(family: str, tied: boo
     assert torch.equal(model(tokens).logits(), loaded(tokens).logits())
 
 
-def test_a_checkpoint_holds_what_learns_and_the_base_gives_the_rest() -> None:
+def test_a_checkpoint_holds_what_learns_and_the_base_gives_the_rest(tmp_path: Path) -> None:
     model = adapt(build())
     perturb(model.last_layer)
-    tensors = {name: tensor.clone() for name, tensor in checkpoint_tensors(model).items()}
+    tensors = checkpoint_tensors(model)
     assert tensors.keys() == learned_parameters(model).keys()
     resumed = build()
     add_lora(resumed, rank=4, alpha=6.0, seed=5)
-    load_checkpoint_tensors(resumed, tensors)
+    save_and_load(tmp_path, model, resumed)
     assert torch.equal(resumed(random_tokens()).logits(), model(random_tokens()).logits())
 
 
@@ -271,7 +281,7 @@ def test_a_forward_without_gradients_leaves_four_bit_matrices_alone() -> None:
     assert all(before[name].equal(after[name]) for name in before)
 
 
-def test_nf4_trains_and_comes_back_from_a_checkpoint() -> None:
+def test_nf4_trains_and_comes_back_from_a_checkpoint(tmp_path: Path) -> None:
     requires_bitsandbytes()
     model = adapt(build(), quantization="nf4").train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, fused=True)
@@ -279,7 +289,7 @@ def test_nf4_trains_and_comes_back_from_a_checkpoint() -> None:
     optimizer.step()
     resumed = build()
     add_lora(resumed, rank=4, alpha=6.0, quantization="nf4", device=torch.device("cpu"))
-    load_checkpoint_tensors(resumed, checkpoint_tensors(model))
+    save_and_load(tmp_path, model, resumed)
     assert torch.equal(resumed(random_tokens()).logits(), model.eval()(random_tokens()).logits())
 
 

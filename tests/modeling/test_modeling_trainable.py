@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from modeling_families import build_causal_lm, perturb, random_tokens
 from torch import Tensor, nn
 
 from wmtp.components.optimizer import AdamWOptimizer, OptimizerContext
+from wmtp.distributed.checkpoint import save_checkpoint
 from wmtp.distributed.checkpoint_optimizer import flatten_optimizer_state, restore_optimizer_state
-from wmtp.exceptions import UserInputError
+from wmtp.distributed.checkpoint_reading import Checkpoint
+from wmtp.distributed.checkpoint_store import LocalStore
+from wmtp.exceptions import CheckpointError, UserInputError
 from wmtp.modeling import LateParameters, MTPModel, choose_trainable, trainable_parameters
 from wmtp.modeling.lora import add_lora
-from wmtp.modeling.trainable import checkpoint_tensors, load_checkpoint_tensors
+from wmtp.modeling.trainable import checkpoint_tensors
 from wmtp.objectives import shift_labels, weighted_mtp_cross_entropy
 from wmtp.settings import OptimSettings
 
@@ -171,13 +175,14 @@ def test_late_parameters_are_warmed_up_when_they_join_and_follow_the_schedule_af
 
 
 @pytest.mark.parametrize("saved_at", [1, 2, 3])
-def test_optimizer_state_without_moments_of_late_parameters_comes_back(saved_at: int) -> None:
+def test_optimizer_state_without_moments_of_late_parameters_comes_back(tmp_path: Path, saved_at: int) -> None:
     whole = build()
     late = choose_trainable(whole, "heads_then_all", warmup_head_steps=2)
     losses, bundle = train(whole, saved_at, late)
     named = [(name, parameter) for name, parameter in whole.named_parameters()]
     tensors, state = flatten_optimizer_state(bundle.optimizer, named)  # type: ignore[attr-defined]
-    weights = copy.deepcopy(checkpoint_tensors(whole))
+    groups = {"model": checkpoint_tensors(whole)}
+    saved = save_checkpoint(LocalStore(tmp_path), saved_at, tensors=groups, state={})
     schedule = copy.deepcopy(bundle.scheduler.state_dict())  # type: ignore[attr-defined]
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     losses = run_steps(whole, bundle, range(saved_at, 5), late)
@@ -185,7 +190,7 @@ def test_optimizer_state_without_moments_of_late_parameters_comes_back(saved_at:
     resumed = build()
     late = choose_trainable(resumed, "heads_then_all", warmup_head_steps=2)
     again = AdamWOptimizer(OPTIM).run(OptimizerContext({"model": resumed}, 8, {}, late))
-    load_checkpoint_tensors(resumed, weights)
+    Checkpoint(LocalStore(tmp_path), saved.name).load_into({"model": checkpoint_tensors(resumed)})
     restore_optimizer_state(again.optimizer, list(resumed.named_parameters()), tensors, state)
     again.scheduler.load_state_dict(schedule)
     assert run_steps(resumed, again, range(saved_at, 5), late) == losses
@@ -227,13 +232,16 @@ def test_the_count_of_what_learns_needs_no_weights(trainable: str, with_lora: bo
     assert not with_lora or all(parameter.is_meta for parameter in shapes.parameters())
 
 
-def test_tensors_that_do_not_fit_are_named() -> None:
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     model = build()
     tensors = checkpoint_tensors(model)
     name = "causal_lm.model.norm.weight"
-    with pytest.raises(RuntimeError, match=name):
-        load_checkpoint_tensors(model, {key: value for key, value in tensors.items() if key != name})
-    with pytest.raises(RuntimeError, match="unknown"):
-        load_checkpoint_tensors(model, {**tensors, "unknown": torch.zeros(1)})
-    with pytest.raises(RuntimeError, match=name):
-        load_checkpoint_tensors(model, {**tensors, name: torch.zeros(3)})
+    store = LocalStore(tmp_path)
+    for wrong, named in (
+        ({key: value for key, value in tensors.items() if key != name}, name),
+        ({**tensors, "unknown": torch.zeros(1)}, "unknown"),
+        ({**tensors, name: torch.zeros(3)}, name),
+    ):
+        saved = save_checkpoint(store, 1, tensors={"model": wrong}, state={})
+        with pytest.raises(CheckpointError, match=named):
+            Checkpoint(store, saved.name).load_into({"model": tensors})

@@ -188,7 +188,8 @@ def copy_checkpoint(checkpoint: Checkpoint, store: StepStore) -> CheckpointInfo:
 
 def list_checkpoints(store: StepStore) -> list[CheckpointInfo]:
     """Committed checkpoints of a run, oldest save first, by their manifests alone (not verified)."""
-    found = (_try_info(store, folder) for folder in store.folders())
+    # A save that was cut off before its last rename has a manifest already.
+    found = (_try_info(store, folder) for folder in store.folders() if folder.kind != "unfinished")
     return sorted((info for info in found if isinstance(info, CheckpointInfo)), key=lambda i: i.sequence)
 
 

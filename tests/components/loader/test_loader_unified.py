@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTr
 from wmtp.components.loader import MICRO_LLAMA, LoadedModel, ModelLoaderContext, UnifiedModelLoader
 from wmtp.components.loader.training_state import ARCHITECTURE_KEY, describe_architecture
 from wmtp.distributed.checkpoint import save_checkpoint
+from wmtp.distributed.checkpoint_store import LocalStore
 from wmtp.exceptions import CheckpointError, ModelLoadError
 from wmtp.modeling import MTPModel
 from wmtp.settings import Config
@@ -39,7 +40,7 @@ def _model(config: PreTrainedConfig | None = None, **heads: object) -> MTPModel:
 def _save(run: Path, step: int, model: MTPModel, **state: object) -> Path:
     described = {ARCHITECTURE_KEY: describe_architecture(model), "base": None, **state}
     tensors = {"model": dict(model.state_dict()), "rng": {"cpu": torch.zeros(4)}}
-    return save_checkpoint(run, step, tensors=tensors, state=described)
+    return Path(save_checkpoint(LocalStore(run), step, tensors=tensors, state=described).uri)
 
 
 def _load(path: Path | str, **context: object) -> LoadedModel:
