@@ -97,6 +97,14 @@ def test_the_parts_of_a_plain_run_are_those_counted_by_hand() -> None:
     assert parts["activations"] == 3 * 64 * 4 * (3 * layer - 32 + 2 * 2 * 32 + 2 * 32)
 
 
+def test_an_asynchronous_checkpoint_is_a_copy_of_weights_and_moments_in_the_hosts_memory() -> None:
+    train = {"algo": "baseline-mtp", "max_steps": 1, "async_checkpoints": True}
+    on_cpu, on_gpu = _estimate(train=train), _estimate(train=train, device_type="cuda")
+    parts = on_cpu.parts
+    assert parts["checkpoint copy"] == parts["weights"] + parts["optimizer moments"]
+    assert "checkpoint copy" not in on_gpu.parts
+
+
 def test_a_padded_token_limit_counts_in_place_of_rows() -> None:
     train = {"sources": ["microcode"], "max_tokens_per_batch": 640, "max_length": 64, "pack_sequences": False}
     limited = _estimate(data={"train": train})

@@ -182,6 +182,12 @@ class _Moments:
         if helpers.value_head is not None:
             moments = _MOMENTS if self.learns_values else 0
             parts["value head"] = count_parameters(helpers.value_head) * (_FP32 + moments)
+        if recipe.train.async_checkpoints and self.device_type == "cpu":
+            # A checkpoint on its way to the disk; on a GPU it is in the host's memory, which is not counted
+            # here.
+            learned = count_trained(self.model)
+            saved = self._weights() if recipe.model.lora is None else learned * _FP32
+            parts["checkpoint copy"] = saved + learned * _MOMENTS + parts.get("value head", 0)
         return parts
 
     def _weights(self) -> int:
