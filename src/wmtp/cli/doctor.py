@@ -49,12 +49,12 @@ def doctor(
         raise UserInputError("--set changes a config, and none was given", remedy="add --config")
     settings = Config() if config is None else load_config(config, overrides=overrides or [])
     try:
-        from wmtp.pipelines.doctor import DoctorOptions, run_doctor, worst
+        from wmtp.pipelines.doctor import run_doctor, worst
     except ImportError as error:
         _print_broken_install(error, as_json=as_json)
         raise typer.Exit(1) from error
 
-    checks = run_doctor(settings, DoctorOptions(write_probe=write_probe))
+    checks = run_doctor(settings, write_probe=write_probe)
     if as_json:
         found = list(checks)
         report = {"status": worst(found), "checks": [asdict(check) for check in found]}

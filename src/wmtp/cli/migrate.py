@@ -28,7 +28,7 @@ def migrate(
         ),
     ] = None,
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Where the new config, or the model folder, goes; default: <name>.new.yaml beside the old.",
             show_default=False,
@@ -87,7 +87,11 @@ def migrate(
             f"--output is one file, and {len(configs)} configs were given", remedy="migrate them one by one"
         )
     _Migration(Console(), force=force, yes=yes, dry_run=dry_run).run(
-        configs, output=output, cache=cache, keep_cache=keep_cache, check_s3=check_s3
+        configs,
+        output=None if output is None else _local_file(output),
+        cache=cache,
+        keep_cache=keep_cache,
+        check_s3=check_s3,
     )
 
 
@@ -205,13 +209,17 @@ class _Migration:
         """Print a line for each thing on S3; whether all of them work."""
         from wmtp.cli.doctor import print_checks
         from wmtp.pipelines.doctor_check import run_bounded
-        from wmtp.pipelines.doctor_s3 import check_s3
+        from wmtp.pipelines.doctor_s3 import check_s3, uses_s3
 
         if migrated.unset:
             self._say(
                 f"access to S3 is not tried: {', '.join(migrated.unset)} need variables, see above", "yellow"
             )
             return True
+        if not uses_s3(migrated.settings):
+            self._say(f"access to S3: not tried, {migrated.source} names nothing there")
+            return True
+        self._say(f"access to S3 as {migrated.source} has it:", "bold")
         checks = run_bounded(
             "s3", "access", lambda: check_s3(migrated.settings, write_probe=False), limit_s=90.0
         )
@@ -220,6 +228,17 @@ class _Migration:
 
     def _say(self, text: str, style: str = "") -> None:
         self.console.print(Text(text, style=style), soft_wrap=True)
+
+
+def _local_file(text: str) -> Path:
+    from wmtp.exceptions import UserInputError
+    from wmtp.storage import PathResolver
+
+    if PathResolver().resolve(text)[0] not in ("local", "hub"):
+        raise UserInputError(
+            f"output {text} is not a local file", remedy="give a file, and copy it from there"
+        )
+    return Path(text)
 
 
 def _print_keys(console: Console, migrated: MigratedConfig) -> None:
@@ -241,7 +260,7 @@ def _print_keys(console: Console, migrated: MigratedConfig) -> None:
 
 
 def _migrate_checkpoint(
-    checkpoint: str, base: str | None, output: Path | None, *, force: bool, dry_run: bool, trust: bool
+    checkpoint: str, base: str | None, output: str | None, *, force: bool, dry_run: bool, trust: bool
 ) -> None:
     from wmtp.exceptions import UserInputError
 
