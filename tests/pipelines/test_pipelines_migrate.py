@@ -12,16 +12,23 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from s3_server import S3Server
+from wmtp.components.loader.builtin import build_micro_llama
 from wmtp.exceptions import ModelLoadError, UserInputError
 from wmtp.modeling import MTPModel
 from wmtp.modeling.formats.meta_native_write import write_native
 from wmtp.modeling.heads import HeadRequest
+from wmtp.pipelines.environment import prepare_environment
 from wmtp.pipelines.migrate_cache import inspect_cache, remove_cache
 from wmtp.pipelines.migrate_checkpoint import convert_state_dict_file
 from wmtp.pipelines.migrate_config import MigratedConfig, migrate_config
-from wmtp.pipelines.migrate_state_dict import is_state_dict_file, load_state_dict_file
+from wmtp.pipelines.migrate_state_dict import (
+    is_state_dict_file,
+    load_located_state_dict,
+    load_state_dict_file,
+)
 from wmtp.pipelines.migrate_write import place_of, save_config
-from wmtp.settings import Config, load_config
+from wmtp.pipelines.outputs import RunOptions
+from wmtp.settings import Config, load_config, load_settings
 from wmtp.settings.config import PathSettings
 
 LOCAL = """\
@@ -476,8 +483,6 @@ def test_the_old_programs_checkpoint_becomes_a_model_folder(base: str, tmp_path:
 
 
 def test_the_tokenizer_of_the_base_goes_along(tmp_path: Path) -> None:
-    from wmtp.components.loader.builtin import build_micro_llama
-
     torch.save(build_micro_llama(seed=5).half().state_dict(), tmp_path / "old.pt")
     done = convert_state_dict_file(str(tmp_path / "old.pt"), "builtin:micro-llama", tmp_path / "out")
     assert (done.notes, done.dtype) == ((), "float16")
@@ -526,6 +531,23 @@ def test_fewer_and_more_heads_than_the_file_has_can_be_asked_for(base: str, tmp_
     with pytest.warns(UserWarning, match="has 3 heads; the first 2 are used"):
         assert load_state_dict_file(file, base, Config(), request=HeadRequest(horizon=2)).horizon == 2
     assert load_state_dict_file(file, base, Config(), request=HeadRequest(horizon=4)).horizon == 4
+
+
+def test_an_evaluation_takes_base_tokenizer_and_horizon_from_the_settings(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[1] / "configs"
+    config, recipe = load_settings(
+        folder / "config.local_test.yaml", folder / "recipe.mtp_baseline.yaml", ["model.mtp.horizon=2"]
+    )
+    model = MTPModel.from_causal_lm(build_micro_llama(seed=6), horizon=3, head="linear").half()
+    torch.save({"model_state_dict": model.state_dict()}, tmp_path / "old.pt")
+    environment = prepare_environment(config, recipe)
+    with pytest.warns(UserWarning, match="the first 2 are used"):
+        loaded, tokenizer = load_located_state_dict(
+            config, recipe, environment, str(tmp_path / "old.pt"), RunOptions()
+        )
+    assert (loaded.horizon, loaded.head_form, loaded.dtype) == (2, "linear", torch.float32)
+    assert torch.equal(loaded.unembedding_VD, model.unembedding_VD.float())
+    assert len(tokenizer.tokenizer) == loaded.unembedding_VD.shape[0]
 
 
 @pytest.mark.s3

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from wmtp.components.loader.sources import open_source
+from wmtp.components.tokenizer import HfTokenizer
 from wmtp.exceptions import ModelLoadError
 from wmtp.modeling import MTPModel
 from wmtp.modeling.formats.configuration import causal_lm_class, text_config
@@ -36,8 +37,11 @@ from wmtp.modeling.formats.tensors import (
 from wmtp.modeling.formats.torch_files import load_torch_file
 from wmtp.modeling.heads import HeadForm, HeadRequest, SavedHeads
 from wmtp.modeling.state_dict import tied_names
+from wmtp.pipelines.environment import Environment
 from wmtp.pipelines.meta_models import ModelDescription, describe_causal_lm
-from wmtp.settings import Config
+from wmtp.pipelines.models import load_tokenizer
+from wmtp.pipelines.outputs import RunOptions
+from wmtp.settings import Config, Recipe, require_model
 from wmtp.storage import PathResolver, create_s3_manager
 
 STATE_DICT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -213,6 +217,27 @@ def read_state_dict_parts(
         return {name: stored[...] for name, stored in heads[head - 1].items()}
 
     return LoadedParts(causal_lm, SavedHeads(form, offsets), head_tensors, saved.file)
+
+
+def load_located_state_dict(
+    config: Config, recipe: Recipe, environment: Environment, path: str, options: RunOptions
+) -> tuple[MTPModel, HfTokenizer]:
+    """Load a torch file as an evaluation does: with the recipe's base, tokenizer and horizon, in fp32.
+
+    Raises:
+        ModelLoadError, UserInputError: as for `load_state_dict_file`; the recipe names no base.
+    """
+    base, trust = require_model(config, recipe, "base").path, options.trust_remote_code
+    mtp = recipe.model.mtp
+    model = load_state_dict_file(
+        path,
+        base,
+        config,
+        request=HeadRequest(horizon=mtp.horizon, adapter=mtp.adapter),
+        dtype=torch.float32,
+        trust_remote_code=trust,
+    )
+    return model.to(environment.device), load_tokenizer(config, recipe, base, trust_remote_code=trust)
 
 
 def _find_state_dict(file: str, loaded: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
