@@ -179,7 +179,7 @@ def s3_config(
 
 
 def test_without_s3_in_the_config_nothing_is_asked() -> None:
-    (found,) = check_s3(Config(), write_probe=True)
+    (found,) = check_s3(Config(), probe="bucket")
     assert (found.status, found.detail) == ("works", "not configured: no path begins with s3://")
 
 
@@ -189,8 +189,10 @@ def test_everything_on_s3_works_and_no_probe_stays(s3_server: S3Server) -> None:
     files.pipe_file(f"{s3_server.bucket}/doctor/model/config.json", b"{}")
     bucket = f"s3://{s3_server.bucket}"
     config = s3_config(s3_server, output=f"{bucket}/doctor/runs", models={"base": f"{bucket}/doctor/model"})
-    found = by_subject(check_s3(config, write_probe=False))
+    found = by_subject(check_s3(config, probe="results"))
     assert {check.status for check in found.values()} == {"works"}
+    untried = by_subject(check_s3(config, probe="none"))
+    assert found.keys() - untried.keys() == {"paths.output (writing)"}
     assert list(found) == [
         "credentials",
         "server",
@@ -206,8 +208,8 @@ def test_everything_on_s3_works_and_no_probe_stays(s3_server: S3Server) -> None:
 @pytest.mark.s3
 def test_a_bucket_without_results_is_written_to_only_on_demand(s3_server: S3Server) -> None:
     config = s3_config(s3_server)
-    assert "s3.bucket (writing)" not in by_subject(check_s3(config, write_probe=False))
-    assert by_subject(check_s3(config, write_probe=True))["s3.bucket (writing)"].status == "works"
+    assert "s3.bucket (writing)" not in by_subject(check_s3(config, probe="results"))
+    assert by_subject(check_s3(config, probe="bucket"))["s3.bucket (writing)"].status == "works"
 
 
 @pytest.mark.s3
@@ -215,7 +217,7 @@ def test_a_model_that_is_not_there_is_named(s3_server: S3Server) -> None:
     # A name that only begins like this one is no model.
     s3_server.filesystem().pipe_file(f"{s3_server.bucket}/doctor/absent-2/config.json", b"{}")
     address = f"s3://{s3_server.bucket}/doctor/absent"
-    found = by_subject(check_s3(s3_config(s3_server, models={"base": address}), write_probe=False))
+    found = by_subject(check_s3(s3_config(s3_server, models={"base": address}), probe="results"))
     assert found["paths.models.base"].status == "broken"
     assert f"nothing is at {address}" in found["paths.models.base"].detail
 
@@ -236,7 +238,7 @@ def test_what_is_wrong_with_s3_is_one_line_with_a_remedy(
     change: dict[str, Any], subject: str, expected: str, s3_server: S3Server
 ) -> None:
     begin = time.monotonic()
-    found = by_subject(check_s3(s3_config(s3_server, **change), write_probe=True))
+    found = by_subject(check_s3(s3_config(s3_server, **change), probe="bucket"))
     assert time.monotonic() - begin < 20
     broken = [check for check in found.values() if check.status == "broken"]
     assert [check.subject for check in broken] == [subject]
@@ -255,18 +257,18 @@ def test_credentials_are_found_where_they_are(
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     config = s3_config(s3_server, access_key_id=None, secret_access_key=None)
-    found = by_subject(check_s3(config, write_probe=False))["credentials"]
+    found = by_subject(check_s3(config, probe="results"))["credentials"]
     assert found.status == "broken"
     assert "none found" in found.detail
     (tmp_path / "credentials").write_text(
         f"[default]\naws_access_key_id={s3_server.access_key}\naws_secret_access_key={s3_server.secret_key}\n"
     )
-    found_again = by_subject(check_s3(config, write_probe=True))
+    found_again = by_subject(check_s3(config, probe="bucket"))
     assert found_again["credentials"].detail == "from ~/.aws/credentials"
     assert worst(found_again.values()) == "works"
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.access_key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret_key)
-    found = by_subject(check_s3(config, write_probe=False))["credentials"]
+    found = by_subject(check_s3(config, probe="results"))["credentials"]
     assert found.detail == "from the environment (AWS_ACCESS_KEY_ID)"
 
 
@@ -317,7 +319,7 @@ def test_a_clock_that_is_off_is_told(ahead_s: float | None, status: str, expecte
         settings = S3Settings(
             bucket="b", endpoint_url=address, access_key_id=SecretStr("a"), secret_access_key=SecretStr("b")
         )
-        found = by_subject(check_s3(Config(s3=settings), write_probe=False))
+        found = by_subject(check_s3(Config(s3=settings), probe="results"))
     assert found["clock"].status == status
     assert expected in found["clock"].detail
     assert ("bucket b" in found) == (status != "broken")
@@ -339,7 +341,7 @@ def test_a_server_that_never_answers_ends_in_time(monkeypatch: pytest.MonkeyPatc
             bucket="b", endpoint_url=address, access_key_id=SecretStr("a"), secret_access_key=SecretStr("b")
         )
         begin = time.monotonic()
-        found = by_subject(check_s3(Config(s3=settings), write_probe=False))
+        found = by_subject(check_s3(Config(s3=settings), probe="results"))
     assert time.monotonic() - begin < 10
     assert found["server"].status == "broken"
     assert "timed out" in found["server"].detail

@@ -14,6 +14,7 @@ from rich.text import Text
 from wmtp.cli.options import TrustOption
 
 if TYPE_CHECKING:
+    from wmtp.pipelines.doctor_s3 import Probe
     from wmtp.pipelines.migrate_cache import CacheFolder
     from wmtp.pipelines.migrate_config import MigratedConfig
 
@@ -219,10 +220,9 @@ class _Migration:
         if not uses_s3(migrated.settings):
             self._say(f"access to S3: not tried, {migrated.source} names nothing there")
             return True
+        probe: Probe = "none" if self.dry_run else "results"
         self._say(f"access to S3 as {migrated.source} has it:", "bold")
-        checks = run_bounded(
-            "s3", "access", lambda: check_s3(migrated.settings, write_probe=False), limit_s=90.0
-        )
+        checks = run_bounded("s3", "access", lambda: check_s3(migrated.settings, probe=probe), limit_s=90.0)
         print_checks(self.console, iter(checks))
         return all(check.status != "broken" for check in checks)
 

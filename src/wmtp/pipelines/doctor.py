@@ -26,7 +26,7 @@ def run_doctor(config: Config, *, write_probe: bool = False) -> Iterator[Check]:
         ("gpu", "devices", 60.0, lambda: check_gpu(config)),
         ("packages", "required", 20.0, lambda: check_packages(config)),
         ("output", "paths.output", 20.0, lambda: check_output(config)),
-        ("s3", "access", 90.0, lambda: check_s3(config, write_probe=write_probe)),
+        ("s3", "access", 90.0, lambda: check_s3(config, probe="bucket" if write_probe else "results")),
         ("mlflow", "store", 30.0, lambda: check_mlflow(config)),
         ("hub", "access", 20.0, lambda: check_hub(config)),
         ("sandbox", "isolation", 90.0, check_isolation),

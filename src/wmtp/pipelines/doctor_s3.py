@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, Literal
 
 from wmtp.exceptions import StorageConflictError, StorageError
 from wmtp.pipelines.doctor_check import Check, first_line
@@ -36,6 +36,8 @@ _SOURCES = {
 }
 _GROUP = "s3"
 
+Probe = Literal["none", "results", "bucket"]
+
 
 def s3_addresses(config: Config) -> dict[str, str]:
     """The keys of a config that name something on S3, with their addresses."""
@@ -55,11 +57,13 @@ def uses_s3(config: Config) -> bool:
     return bool(s3_addresses(config)) or config.s3.bucket is not None
 
 
-def check_s3(config: Config, *, write_probe: bool) -> Iterator[Check]:
+def check_s3(config: Config, *, probe: Probe) -> Iterator[Check]:
     """Look at everything on S3 that a config names; one line each.
 
-    Nothing stays there: a probe is written, read, and deleted, where results go, or with `write_probe` in
-    `s3.bucket`.
+    Args:
+        config: whose addresses are tried.
+        probe: where something is written, read and deleted again: `results`, where results go; `bucket`, in
+            `s3.bucket` too where none go to S3; or `none`.
     """
     if not uses_s3(config):
         yield Check(_GROUP, "access", "works", "not configured: no path begins with s3://")
@@ -88,7 +92,7 @@ def check_s3(config: Config, *, write_probe: bool) -> Iterator[Check]:
     for key, uri in addresses.items():
         if _split(uri)[0] in usable and key.startswith(("paths.models.", "paths.datasets.")):
             yield _check_read(client, key, uri)
-    for key, uri in _places_to_write(config, addresses, write_probe=write_probe).items():
+    for key, uri in _places_to_write(config, addresses, probe).items():
         if _split(uri)[0] in usable:
             yield from _check_write(client, key, uri)
 
@@ -194,11 +198,13 @@ def _check_read(client: S3Client, key: str, uri: str) -> Check:
     return Check(_GROUP, key, "works", f"{uri} can be read")
 
 
-def _places_to_write(config: Config, addresses: dict[str, str], *, write_probe: bool) -> dict[str, str]:
+def _places_to_write(config: Config, addresses: dict[str, str], probe: Probe) -> dict[str, str]:
+    if probe == "none":
+        return {}
     keys = ("paths.output", "mlflow.tracking_uri", "mlflow.artifact_location")
     by_uri = {addresses[key]: key for key in reversed(keys) if key in addresses}
     places = {key: uri for uri, key in by_uri.items()}
-    if write_probe and "paths.output" not in places and config.s3.bucket is not None:
+    if probe == "bucket" and "paths.output" not in places and config.s3.bucket is not None:
         places["s3.bucket"] = f"s3://{config.s3.bucket}"
     return places
 
