@@ -56,6 +56,7 @@ class S3Server:
             f"-volume.max={num_volumes}",
             f"-master.volumeSizeLimitMB={VOLUME_MIB}",
             "-master.telemetry=false",
+            "-master.electionTimeout=1s",  # what a restart waits for
             *(f"-{name}={port}" for name, port in {**ports, **grpc_ports}.items()),
         ]
 

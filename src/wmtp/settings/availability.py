@@ -57,9 +57,6 @@ _TABLE = (
     _Unavailable("devices.compile", lambda value: value is True, "use false"),
     _Unavailable("devices.strategy", _among("ddp", "fsdp2"), "use auto or single"),
     _Unavailable("launcher.resources.gpu_type", _is_set, "remove it; runs use what this machine has"),
-    _Unavailable(
-        "s3.deadline_s", lambda value: value != 300.0, "remove it; s3.max_attempts bounds the tries"
-    ),
     _Unavailable("paths.models.base", _is_remote_and_not_s3, _MODEL_PATH),
     _Unavailable("paths.models.ref", _is_remote_and_not_s3, _MODEL_PATH),
     _Unavailable("paths.models.rm", _is_remote_and_not_s3, _MODEL_PATH),

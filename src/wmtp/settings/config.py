@@ -78,11 +78,18 @@ class S3Settings(Section):
         default=16,
         ge=5,
         le=5120,
-        description="Long objects are read in parts of this size, side by side, in MiB.",
+        description="Long objects are read and written in parts of this size, side by side, in MiB.",
     )
-    max_attempts: int = Field(default=5, ge=1, description="Tries of one request before it fails.")
+    max_attempts: int = Field(
+        default=5,
+        ge=1,
+        description="Tries while the server has never answered, or while what arrives is damaged.",
+    )
     deadline_s: float = Field(
-        default=300.0, gt=0, description="Time all tries of one operation may take, in seconds."
+        default=300.0,
+        gt=0,
+        description="Time all tries of one request may take while the server is away, failing or busy, "
+        "in seconds.",
     )
     lease_s: float = Field(
         default=60.0,

@@ -148,7 +148,7 @@ class UploadStream(io.RawIOBase):
             self._client.retry(
                 self._uri,
                 lambda: self._client.request_once("abort_multipart_upload", **target),
-                deadline_s=_CLEAN_UP_DEADLINE_S,
+                deadline_s=min(_CLEAN_UP_DEADLINE_S, self._client.settings.deadline_s),
             )
         except StorageError as error:
             logger.warning(
@@ -224,7 +224,7 @@ def _find_written(client: S3Client, uri: str, write_id: str) -> str | None:
         found = client.retry(
             uri,
             lambda: client.request_once("head_object", **split_uri(uri)),
-            deadline_s=_CLEAN_UP_DEADLINE_S,
+            deadline_s=min(_CLEAN_UP_DEADLINE_S, client.settings.deadline_s),
         )
     except StorageError:  # the failure that led here is the one to tell of
         return None
