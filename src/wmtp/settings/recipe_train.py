@@ -59,7 +59,9 @@ class TrainSettings(Section):
         description="What a NaN or infinite loss or gradient does: end the run, or drop that update.",
     )
     max_nonfinite_steps: int = Field(
-        default=10, ge=1, description="Dropped updates in a row that on_nonfinite: skip allows; one more stops."
+        default=10,
+        ge=1,
+        description="Dropped updates in a row that on_nonfinite: skip allows; one more ends the run.",
     )
 
 
