@@ -112,7 +112,7 @@ class MlflowSettings(Section):
     )
     artifact_location: Text | None = Field(
         default=None,
-        description="Place of new experiments' artifacts, also s3://; null is artifacts/ beside the database.",
+        description="Place of new experiments' artifacts, also s3://; null is artifacts/ beside the runs.",
     )
 
 
