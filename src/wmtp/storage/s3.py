@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from wmtp.exceptions import StorageDeniedError, StorageError, StorageMissingError
+from wmtp.exceptions import DataError, StorageDeniedError, StorageError, StorageMissingError
 from wmtp.settings.config import Config, S3Settings
 from wmtp.storage.s3_client import S3Client
 from wmtp.storage.s3_sequential import SequentialStream
@@ -59,6 +59,26 @@ class S3Manager:
         return cast(
             BinaryIO, io.BufferedReader(RangedStream(self._client, self._require(key)), _BUFFER_BYTES)
         )
+
+    def stream_dataset(self, key: str) -> Iterator[dict[str, Any]]:
+        """Rows of a JSONL, JSON or Parquet object, plain, gzip or zstandard, as they arrive.
+
+        Parquet is read by ranges, all else front to back with parts fetched ahead; null fields are left out.
+
+        Raises:
+            DataError: a row cannot be read; the message names address and line.
+            StorageMissingError: there is no such object.
+        """
+        from wmtp.storage.rows import PARQUET_MAGIC, read_stream_rows  # pyarrow takes a while to import
+
+        with self.stream_model(key) as ranged:
+            is_parquet = ranged.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
+            ranged.seek(0)
+            with ranged if is_parquet else self.open_sequential(key) as stream:
+                for row in read_stream_rows(stream, self.uri(key)):
+                    if row.problem is not None:
+                        raise DataError(f"{row.row_id}: {row.problem}", remedy="correct the row")
+                    yield row.fields
 
     def open_sequential(self, key: str, *, sha256: str | None = None) -> BinaryIO:
         """Open an object as a stream that is read front to back, with parts fetched ahead.

@@ -276,7 +276,7 @@ def test_a_resume_tokenises_one_block_and_not_what_came_before(
 def test_a_resume_of_a_plain_file_starts_reading_at_its_block(
     make: MakeData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wmtp.components.data import reading
+    from wmtp.storage import rows as reading
 
     path = write_rows(tmp_path / "rows.jsonl", numbered(0, 1000))
     data = make(path, pack=False, shuffle_buffer=50)
