@@ -1,4 +1,4 @@
-"""A full disk, a read-only one, a limit on files: one clear message, and older checkpoints stay as they are."""
+"""A full disk, a read-only one, a limit on files: one clear message; older checkpoints stay as they are."""
 
 from __future__ import annotations
 

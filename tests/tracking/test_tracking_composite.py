@@ -227,3 +227,25 @@ def test_a_checkpoint_is_handed_on_as_a_record(tmp_path: Path) -> None:
     tracker.finish()
     metrics = {"train/loss": 2.0, "score": 1.0}
     assert recorder.calls[3] == ("checkpoint", CheckpointRecord(5, "/run/step-5", metrics, "ab"))
+
+
+def test_an_entry_that_failed_once_is_not_given_up_while_others_get_through(tmp_path: Path) -> None:
+    tracker, recorder = _composite(tmp_path, retry_s=0.001)
+    take: Callable[[str, object], None] = recorder._take
+    failures = []
+
+    def fail_three_times(name: str, value: object) -> None:
+        if value == 1 and len(failures) < 3:
+            failures.append(value)
+            raise ConnectionError("reset")
+        take(name, value)
+
+    recorder._take = fail_three_times  # type: ignore[method-assign]
+    for step in range(5):
+        tracker.log_metrics({"x": 1.0}, step)
+    deadline = time.monotonic() + 10
+    while len(recorder.calls) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.warns(TrackingWarning, match="Tracking failed"):
+        tracker.finish()
+    assert recorder.calls == [*(("metrics", step) for step in range(5)), ("finish", "finished")]

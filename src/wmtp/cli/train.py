@@ -28,7 +28,10 @@ def train(
     max_steps: Annotated[
         int | None, typer.Option(help="Optimizer steps; the same as --set train.max_steps=N.")
     ] = None,
-    resume: Annotated[str | None, typer.Option(help="Run, step-N folder (local or s3://) or runs:/<MLflow id> to go on from.")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(help="Run, step-N folder (local or s3://) or runs:/<MLflow id> to go on from."),
+    ] = None,
     dry_run: DryRunOption = False,
     overrides: SetOption = None,
     verbose: VerboseOption = False,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from wmtp.components.evaluator import measure_losses
@@ -35,7 +34,7 @@ from wmtp.pipelines.critic import Critic, critic_measurement
 from wmtp.pipelines.data import PreparedData
 from wmtp.pipelines.environment import Environment, RunPaths
 from wmtp.pipelines.remote_output import RemoteOutput
-from wmtp.pipelines.resume import recipe_params
+from wmtp.pipelines.resume import describe_run
 from wmtp.settings import Config, Recipe
 from wmtp.tracking import CompositeTracker, Tracker
 
@@ -74,27 +73,25 @@ def build_saver(
     return saver
 
 
-def record_checkpoint(
-    tracker: CompositeTracker, remote: RemoteOutput, paths: RunPaths, info: CheckpointInfo
-) -> None:
-    """Tell tracking of a committed checkpoint, and bring the metrics to where the checkpoint is."""
+def _record_checkpoint(tracker: CompositeTracker, info: CheckpointInfo) -> None:
+    """Tell tracking of a committed checkpoint."""
     scores = {} if info.score is None else {"score": info.score}
     tracker.log_checkpoint(info.step, uri=info.uri, metrics=scores, manifest_sha256=info.manifest_sha256)
-    remote.try_upload(paths.metrics_file)
 
 
 def build_callbacks(
+    config: Config,
     recipe: Recipe,
     environment: Environment,
     paths: RunPaths,
-    tracker: Tracker,
+    tracker: CompositeTracker,
+    remote: RemoteOutput,
     data: PreparedData,
     critic: Critic | None,
     context: TrainerContext,
     late: LateParameters | None,
     signals: StopSignals,
     saver: CheckpointSaver,
-    on_saved: Callable[[CheckpointInfo], None],
 ) -> RunCallbacks:
     """All callbacks of a training run. The order matters: a bad step is noticed before it is saved."""
     train, model = recipe.train, context.model
@@ -126,9 +123,11 @@ def build_callbacks(
     checkpoint = CheckpointCallback(
         saver,
         every_steps=train.save_every_steps,
-        run_state={"mlflow_run_id": tracker.run_id, "recipe": recipe_params(recipe)},
+        run_state={"mlflow_run_id": tracker.run_id, **describe_run(config, recipe, environment)},
         score=lambda step: None if validation is None else validation.measured(step, train.best_metric),
-        on_saved=on_saved,
+        # First, so that no checkpoint is where the metrics of its steps are not.
+        on_saving=lambda: remote.try_upload(paths.metrics_file),
+        on_saved=lambda info: _record_checkpoint(tracker, info),
     )
     # With checkpoints on S3 a file cannot be touched beside them.
     local = paths.checkpoints if paths.remote is None else paths.report

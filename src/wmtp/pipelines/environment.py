@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from platform import machine
 
 import numpy as np
 import torch
@@ -73,6 +74,11 @@ def prepare_environment(config: Config, recipe: Recipe) -> Environment:
     disable_progress_bar()  # type: ignore[no-untyped-call]
     seed_everything(recipe.train.seed)
     return Environment(device, precision)
+
+
+def describe_device(device: torch.device) -> str:
+    """The accelerator by its name, or the kind of processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {machine()}"
 
 
 def seed_everything(seed: int) -> None:

@@ -60,13 +60,14 @@ class RemoteOutput:
             logger.warning("%s was not copied to %s: %s", path, self._uri(path), error.message)
 
     def download(self, path: Path) -> None:
-        """Copy a folder or file of the run from S3 where this machine has none, for a run that goes on
-        elsewhere.
+        """Copy a folder or file of the run from S3, for a run that goes on elsewhere.
+
+        A file that this machine has stays, unless the one on S3 is longer: what is appended to went on there.
 
         Raises:
             StorageError: S3 does not give it.
         """
-        if self._manager is None or path.exists():
+        if self._manager is None:
             return
         uri = self._uri(path)
         for found in self._manager.list_objects(uri):
@@ -74,6 +75,8 @@ class RemoteOutput:
             if inside and not inside.startswith("/"):
                 continue
             target = Path(f"{path}{inside}")
+            if target.exists() and target.stat().st_size >= found.size:
+                continue
             target.parent.mkdir(parents=True, exist_ok=True)
             with self._manager.stream_model(found.key) as source, open(target, "wb") as file:
                 shutil.copyfileobj(source, file)

@@ -22,7 +22,7 @@ from wmtp.exceptions import TrainingInterruptedError
 from wmtp.factory import ComponentFactory
 from wmtp.modeling import LateParameters, MTPModel, choose_trainable
 from wmtp.pipelines.builtin_models import prepare_builtin_model
-from wmtp.pipelines.callbacks import build_callbacks, build_saver, record_checkpoint
+from wmtp.pipelines.callbacks import build_callbacks, build_saver
 from wmtp.pipelines.critic import (
     Critic,
     local_value_head,
@@ -106,7 +106,7 @@ def _train(
     # 1. Where: device, seeds, the checkpoint to go on from, folders.
     began = time.perf_counter()
     environment = prepare_environment(config, recipe)
-    checkpoint = load_resume_checkpoint(config, recipe, resume_checkpoint)
+    checkpoint = load_resume_checkpoint(config, recipe, environment, resume_checkpoint)
     resumed = None if checkpoint is None else checkpoint.run_uri.rpartition("/")[2]
     name = options.run_name or resumed or default_run_name(recipe)
     paths = run_paths(config, name)
@@ -140,17 +140,18 @@ def _train(
             context = _build_trainer_context(config, recipe, environment, parts, critic)
             saver = build_saver(config, recipe, paths, store, checkpoint)
             callbacks = build_callbacks(
+                config,
                 recipe,
                 environment,
                 paths,
                 tracker,
+                remote,
                 parts.data,
                 critic,
                 context,
                 parts.late,
                 signals,
                 saver,
-                lambda info: record_checkpoint(tracker, remote, paths, info),
             )
             callbacks.checkpoint.run_state["export"] = export_state(config, recipe, parts, paths)
             remote.upload(paths.checkpoints / RUN_TOKENIZER)

@@ -60,9 +60,17 @@ class CompositeTracker:
         self._delivery.put(lambda: self._remote.log_params(params))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record the metrics of one optimizer step, in the local file first."""
+        """Record the metrics of one optimizer step, in the local file first.
+
+        What a step has with the same value already is left out: a run that goes on from its last step
+        measures again what it had measured there after the checkpoint.
+        """
         self._warn_once()
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {
+            name: float(value) for name, value in metrics.items() if not self._is_known(name, step, value)
+        }
+        if not values:
+            return
         self._latest.update({name: (step, value) for name, value in values.items()})
         # Told once for both: an entry that is sent twice is then the same entry.
         time_ms = int(time.time() * 1000)
@@ -95,6 +103,8 @@ class CompositeTracker:
     def restore_metrics(self, up_to_step: int) -> None:
         """Send again what the remote run lacks of the local file's steps up to `up_to_step`."""
         rows = [row for row in read_metrics(self._metrics_file.path) if row["step"] <= up_to_step]
+        for row in rows:
+            self._latest.update({name: (int(row["step"]), value) for name, value in row.items()})
         if rows:
             self._delivery.put(lambda: self._remote.restore_metrics(rows))
 
@@ -120,6 +130,11 @@ class CompositeTracker:
                 TrackingWarning,
                 stacklevel=2,
             )
+
+    def _is_known(self, name: str, step: int, value: float) -> bool:
+        # As text, because NaN is the same as NaN here.
+        known_step, known_value = self._latest.get(name, (-1, 0.0))
+        return known_step == step and known_value.hex() == float(value).hex()
 
     def _warn_once(self) -> None:
         # From the thread of the caller, so that the warning appears where the user looks for it.

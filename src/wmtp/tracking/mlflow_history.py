@@ -57,10 +57,15 @@ class MetricHistory:
         return (key, step) in self._values
 
 
-def read_history(client: MlflowClient, run_id: str) -> MetricHistory:
-    """All metrics of a run."""
+def read_history(client: MlflowClient, run_id: str, *, from_step: int = 0) -> MetricHistory:
+    """The metrics of a run at `from_step` and later."""
     keys = client.get_run(run_id).data.metrics
-    return MetricHistory(metric for key in keys for metric in client.get_metric_history(run_id, key))
+    return MetricHistory(
+        metric
+        for key in keys
+        for metric in client.get_metric_history(run_id, key)
+        if metric.step >= from_step
+    )
 
 
 def delete_later_metrics(database_uri: str, run_id: str, step: int) -> None:

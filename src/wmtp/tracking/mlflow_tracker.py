@@ -152,8 +152,7 @@ class MLflowManager:
 
     def restore_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Record what the run lacks of these rows of a metrics file."""
-        history = self._history or read_history(self.client, self._run_id)
-        self._log(missing_metrics(history, rows))
+        self._log(missing_metrics(read_history(self.client, self._run_id), rows))
         self._publish()
 
     def log_artifact(self, path: str | os.PathLike[str], folder: str | None = None) -> None:
@@ -228,6 +227,8 @@ class MLflowManager:
     def _take_back(self, resume_step: int) -> None:
         if self._client_uri.startswith(_SQLITE) or _scheme(self._client_uri) in _DATABASE_SCHEMES:
             delete_later_metrics(self._client_uri, self._run_id, resume_step)
+            # Of that very step some may have been logged after the checkpoint, and will be again.
+            self._history = read_history(self.client, self._run_id, from_step=resume_step)
         else:
             self._history = read_history(self.client, self._run_id)
 

@@ -193,6 +193,7 @@ def test_every_position_of_two_epochs_can_be_resumed(
     whole = take(data.batches(), count + 3)
     states = [saved(data, index) for index in range(count)]
     assert {state["position"]["epoch"] for state in states} == {0, 1, 2}
+    assert len({state["position"]["block"] for state in states}) > 5
     for index, state in enumerate(states):
         resumed = make(*corpus, pack=pack, shuffle_buffer=10)
         assert resumed.batches(index, state) is not None

@@ -6,7 +6,9 @@ workers and ranks take slices of one global sequence and a resumed run goes on w
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -205,10 +207,13 @@ class _BinDataset(Dataset[Bin]):
     """Features addressed by the indices that share a row."""
 
     def __init__(self, features: Sequence[Feature]) -> None:
-        self._features = features
+        self.features = features
+
+    def __len__(self) -> int:
+        return len(self.features)
 
     def __getitem__(self, indices: Sequence[int]) -> Bin:
-        return [self._features[index] for index in indices]
+        return [self.features[index] for index in indices]
 
 
 class _PlanSampler(Sampler[PlannedBatch]):
@@ -247,13 +252,10 @@ class TrainingData:
         """Micro-batches `start_index`, `start_index + 1`, ... for ever, epoch after epoch.
 
         Raises:
-            CheckpointError: `state` is of a run that streamed its data.
+            CheckpointError: `state` is of a run that streamed its data, or whose examples were others.
         """
-        if state:
-            raise CheckpointError(
-                "the checkpoint is of a run that streamed its data, and this run holds it in memory",
-                remedy="resume with data.train.streaming: true",
-            )
+        if state is not None:
+            self._check(state)
         loader = DataLoader(
             self._dataset,
             batch_sampler=_PlanSampler(self.plan, start_index),
@@ -267,8 +269,8 @@ class TrainingData:
         return iter(loader)
 
     def state_at(self, index: int) -> dict[str, Any]:
-        """Nothing: the index alone says where the sequence goes on."""
-        return {}
+        """Which examples these are: the index alone says where the sequence goes on."""
+        return {"num_examples": len(self._dataset), "digest": self._digest}
 
     def epoch_at(self, index: int) -> int:
         """Epoch of micro-batch `index`."""
@@ -285,6 +287,30 @@ class TrainingData:
     def longest_batch(self) -> Batch:
         """The micro-batch of the first epoch with the most padded tokens."""
         return self.collate(self.plan.longest_batch())
+
+    @cached_property
+    def _digest(self) -> str:
+        """Of tokens and labels of all examples in their order; 64 million tokens take some seconds."""
+        digest = hashlib.blake2b(digest_size=16)
+        for feature in self._dataset.features:
+            for name, ids in (("input_ids", feature["input_ids"]), ("labels", feature.get("labels", ()))):
+                digest.update(f"{name} {len(ids)} ".encode() + np.asarray(ids, dtype=np.int64).tobytes())
+        return digest.hexdigest()
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """Refuse the state of a run that would not have had these micro-batches."""
+        if "position" in state:
+            raise CheckpointError(
+                "the checkpoint is of a run that streamed its data, and this run holds it in memory",
+                remedy="resume with data.train.streaming: true",
+            )
+        if state["digest"] != self._digest:
+            raise CheckpointError(
+                f"the training examples are not those of the run: it had {state['num_examples']}, and the "
+                f"{len(self._dataset)} of now differ from them",
+                remedy="put the data back as they were (what data.eval holds out counts too), or start a new "
+                "run",
+            )
 
     def collate(self, planned: PlannedBatch) -> Batch:
         """Make the batch of a planned micro-batch."""

@@ -187,7 +187,7 @@ def check_stream_state(
     Raises:
         CheckpointError: naming what differs.
     """
-    if not state:
+    if "position" not in state:
         raise CheckpointError(
             "the checkpoint is of a run that held its data in memory, and this run streams it",
             remedy="resume with data.train.streaming: false",

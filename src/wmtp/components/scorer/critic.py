@@ -47,7 +47,7 @@ class CriticScorer(Scorer):
         return TokenScores(values_BS)
 
     def describe(self, scores_N: Tensor, valid_N: Tensor, weights_N: Tensor) -> dict[str, Tensor]:
-        """Mean score and the strength the weights are used with."""
+        """Mean score."""
         mean = torch.where(valid_N, scores_N, 0.0).sum() / valid_N.sum().clamp(min=1)
         name = "critic/value_mean" if self.settings.score == "value" else "critic/delta_mean"
-        return {name: mean, "critic/strength": torch.tensor(self.strength, device=scores_N.device)}
+        return {name: mean}

@@ -37,6 +37,7 @@ class CheckpointCallback(Callback):
         run_state: JSON that goes into every checkpoint beside the loop's own (MLflow run id, recipe, ...).
         score: step -> the metric that the best checkpoints are chosen by; None where it was not measured
             there.
+        on_saving: called before each save: what a resumed run needs beside the checkpoint is where that is.
         on_saved: called with each committed checkpoint, between steps.
     """
 
@@ -47,12 +48,14 @@ class CheckpointCallback(Callback):
         every_steps: int | None,
         run_state: dict[str, Any],
         score: Callable[[int], float | None],
+        on_saving: Callable[[], None],
         on_saved: Callable[[CheckpointInfo], None],
     ) -> None:
         self.saver = saver
         self.every_steps = every_steps
         self.run_state = run_state
         self.score = score
+        self.on_saving = on_saving
         self.on_saved = on_saved
         self._saved_step = -1
         self._reported: CheckpointInfo | None = None
@@ -115,6 +118,7 @@ class CheckpointCallback(Callback):
             # With LoRA the frozen tensors are left out: this says whose they are.
             "base": None if context.model.lora is None else context.model.lora.base,
         }
+        self.on_saving()
         self.saver.save(SaveRequest(run.step, tensors, state, self.score(run.step)))
         self._saved_step = run.step
 
