@@ -1,9 +1,9 @@
 """Step folders of a run in an object store, where nothing can be renamed and nobody can lock.
 
-<run>/step-200/<id>/model.safetensors ...   the files of one save; unseen until the manifest names <id>
-<run>/step-200/manifest.json                written last, on the condition that it is still as it was: the
-commit <run>/writer.json                           who writes here, renewed while that process lives
-<run>/latest
+    <run>/step-200/<id>/model.safetensors ...   the files of one save; unseen until the manifest names <id>
+    <run>/step-200/manifest.json                written last, if it still is as it was: the commit
+    <run>/writer.json                           who writes here, renewed while that process lives
+    <run>/latest                                name of the step that was saved last, for people and scripts
 """
 
 from __future__ import annotations
