@@ -89,7 +89,7 @@ def _export(folder: Path) -> None:
 
 def _step(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
-    for name in ("manifest.json", "state.json", "model.safetensors", "optimizer.safetensors"):
+    for name in ("manifest.json", "index.json", "state.json", "model.safetensors", "optimizer.safetensors"):
         (folder / name).write_bytes(b"")
 
 

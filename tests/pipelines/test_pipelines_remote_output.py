@@ -98,7 +98,6 @@ def test_models_and_checkpoints_on_s3_are_evaluated_and_loaded_by_their_addresse
     config = _config(s3_server, "evaluated", tmp_path / "work")
     outputs = run_training_pipeline(config, _recipe(2), options=RunOptions(run_name="run"))
     recipe = _recipe(2)
-    recipe.data.eval.sources = ["microcode"]
     run = f"{config.paths.output}/models/run"
     measured = {}
     for name, path in {

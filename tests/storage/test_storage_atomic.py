@@ -113,18 +113,18 @@ def test_files_outside_the_folder_are_never_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../x", "/etc/hostname", "a/../../x", ""])
 def test_names_that_leave_the_folder_are_a_problem(tmp_path: Path, name: str) -> None:
-    from wmtp.distributed.publishing import _manifest_bytes
+    from wmtp.distributed.publishing import _digested
 
     body = {"schema": 1, "files": {name: {"size": 1, "sha256": "0"}}}
-    (tmp_path / "manifest.json").write_bytes(_manifest_bytes(body))
+    (tmp_path / "manifest.json").write_bytes(_digested(body))
     assert verify_manifest(tmp_path) == [f"{name}: the name points out of the folder"]
 
 
 @pytest.mark.parametrize("files", [None, [], {"a": 1}, {"a": {"size": "1", "sha256": "0"}}])
 def test_a_manifest_of_another_form_is_a_problem(tmp_path: Path, files: object) -> None:
-    from wmtp.distributed.publishing import _manifest_bytes
+    from wmtp.distributed.publishing import _digested
 
-    (tmp_path / "manifest.json").write_bytes(_manifest_bytes({"schema": 1, "files": files}))
+    (tmp_path / "manifest.json").write_bytes(_digested({"schema": 1, "files": files}))
     assert "not understood" in verify_manifest(tmp_path)[0]
 
 

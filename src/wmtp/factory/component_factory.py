@@ -70,10 +70,11 @@ class ComponentFactory:
 
     @staticmethod
     def create_data_loader(recipe: Recipe, config: Config) -> UnifiedDataLoader:
-        """The data loader, with the recipe's generator settings."""
+        """The data loader, with the recipe's generator settings and the config's access to S3."""
         settings = DataLoaderSettings(
             on_bad_row=recipe.data.on_bad_row,
             microcode=MicroCodeOptions(**recipe.data.microcode.model_dump()),
+            s3=config.s3,
         )
         loader: UnifiedDataLoader = loader_registry.create("unified-data-loader", settings)
         return loader

@@ -48,8 +48,7 @@ class TrainDataSettings(Section):
     in_memory_mib: int = Field(
         default=256,
         ge=0,
-        description="Files up to this size together are held in memory with streaming: auto, in MiB; "
-        "tokenised they take about 15 times as much.",
+        description="With streaming: auto, files up to this size together, in MiB, are held in memory.",
     )
     shuffle_buffer: int = Field(
         default=10_000,

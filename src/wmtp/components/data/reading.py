@@ -1,7 +1,7 @@
 """Rows of dataset files, with file and line: JSON lines, JSON lists and Parquet, plain, gzip or zstandard.
 
-Files are opened with fsspec (local, s3, hub, ...) and read as streams, see `wmtp.storage.rows`. Names only
-decide which files of a directory hold data.
+Files are opened with fsspec (local, hub, ...), those on S3 as the config says, and read as streams, see
+`wmtp.storage.rows`. Names only decide which files of a directory hold data.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from typing import Any, Literal
 
 import fsspec
 
-from wmtp.exceptions import DataError
+from wmtp.components.data.s3_files import S3Files
+from wmtp.exceptions import DataError, StorageError
+from wmtp.settings.config import S3Settings
 from wmtp.storage.rows import Row, read_stream_rows
+from wmtp.storage.s3 import S3Manager
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +56,7 @@ class BadRows:
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A file of a source: where fsspec finds it, and what it is called in messages.
+    """A file of a source: the filesystem that has it, and what it is called in messages.
 
     `is_named` tells a file that the user named from one found in a directory.
     """
@@ -64,20 +67,25 @@ class DataFile:
     is_named: bool
 
 
-def list_data_files(source: str) -> list[DataFile]:
+def list_data_files(source: str, s3: S3Settings | None = None) -> list[DataFile]:
     """The data files of a path or URL: the file itself, or those below a directory, in order of their names.
+
+    Args:
+        source: path or URL.
+        s3: access to `s3://` sources; None takes what the environment gives.
 
     Raises:
         DataError: nothing is there, a directory holds no data files, or the place cannot be reached.
+        StorageError: S3 does not give it.
     """
     try:
-        return _list_data_files(source)
-    except DataError:
+        return _list_data_files(source, s3)
+    except (DataError, StorageError):
         raise
     except (ImportError, ValueError) as error:
         raise DataError(
             f"cannot open {source!r}: {error}",
-            remedy='use a local path or an fsspec URL; s3:// needs the extra "s3"',
+            remedy="use a local path, s3://..., or a URL that fsspec knows (gs:// needs the package gcsfs)",
         ) from error
     except OSError as error:
         raise DataError(
@@ -86,8 +94,12 @@ def list_data_files(source: str) -> list[DataFile]:
         ) from error
 
 
-def _list_data_files(source: str) -> list[DataFile]:
-    filesystem, path = fsspec.core.url_to_fs(source)
+def _list_data_files(source: str, s3: S3Settings | None) -> list[DataFile]:
+    filesystem: Any
+    if source.startswith("s3://"):
+        filesystem, path = S3Files(S3Manager(s3 or S3Settings())), source
+    else:
+        filesystem, path = fsspec.core.url_to_fs(source)
     if filesystem.isfile(path):
         return [DataFile(filesystem, path, posixpath.basename(path), is_named=True)]
     if not filesystem.isdir(path):

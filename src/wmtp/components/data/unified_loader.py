@@ -18,6 +18,7 @@ from wmtp.components.data.reading import BadRows, DataFile, OnBadRow, list_data_
 from wmtp.components.registry import loader_registry
 from wmtp.evaluation.microcode import generate_problems, to_task
 from wmtp.exceptions import DataError, UserInputError
+from wmtp.settings.config import S3Settings
 
 MICROCODE_SOURCE = "builtin:microcode"
 HUMANEVAL_SOURCE = "builtin:humaneval"
@@ -75,11 +76,13 @@ class DataLoaderSettings:
         dataset_path: what is loaded where `load` names no source: a path, a URL, or a built-in id.
         on_bad_row: stop at a row that cannot be used, or skip it and say so.
         microcode: what `builtin:microcode` generates.
+        s3: access to sources on S3.
     """
 
     dataset_path: str | None = None
     on_bad_row: OnBadRow = "fail"
     microcode: MicroCodeOptions = field(default_factory=MicroCodeOptions)
+    s3: S3Settings = field(default_factory=S3Settings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +165,8 @@ class UnifiedDataLoader(Component[DataLoaderContext, list[Example]]):
         Raises:
             DataError: the source is missing, or holds no such files.
         """
-        return _files_of(HUMAN_EVAL if source == HUMANEVAL_SOURCE else source, split)
+        path = HUMAN_EVAL if source == HUMANEVAL_SOURCE else source
+        return _files_of(path, list_data_files(path, self.settings.s3), split)
 
     def _microcode(self, split: Split | None, limit: int | None) -> Iterator[Example]:
         options = self.settings.microcode
@@ -191,9 +195,8 @@ class UnifiedDataLoader(Component[DataLoaderContext, list[Example]]):
         bad_rows.warn(source)
 
 
-def _files_of(path: str, split: Split | None) -> list[DataFile]:
+def _files_of(path: str, files: list[DataFile], split: Split | None) -> list[DataFile]:
     """The data files of a path that hold a split, as far as their names tell."""
-    files = list_data_files(path)
     split_by_file = {file.name: _split_in_name(file.name) for file in files}
     if split is None or files[0].is_named or not any(split_by_file.values()):
         return files
