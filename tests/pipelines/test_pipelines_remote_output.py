@@ -49,7 +49,7 @@ def _recipe(max_steps: int) -> Recipe:
             },
             # So that a longer run begins like a shorter one.
             "optim": {"scheduler": "constant"},
-            "eval": {"datasets": [], "types": ["perplexity"]},
+            "eval": {"datasets": ["microcode"], "types": ["perplexity"], "max_problems": 2},
         }
     )
 
