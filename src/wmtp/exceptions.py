@@ -7,6 +7,25 @@ are bugs.
 
 from __future__ import annotations
 
+import errno
+
+# What a disk answers that is full, read-only, forbidden, gone or broken.
+_DISK_ERRORS = frozenset(
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EFBIG,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ENAMETOOLONG,
+        errno.EIO,
+        errno.EMFILE,
+    }
+)
+
 
 class WmtpError(Exception):
     """Base of all expected failures.
@@ -72,9 +91,17 @@ class StorageDamagedError(StorageError):
 class StorageUnavailableError(StorageError):
     """The store was away, failing or busy until the deadline; it may come back."""
 
+    exit_code = 1
+
 
 class StorageFullError(StorageError):
     """The store has no space left."""
+
+    exit_code = 1
+
+
+class OutputError(WmtpError):
+    """A disk that cannot be written to or read from: full, read-only, not permitted."""
 
 
 class SandboxUnavailableError(UserInputError):
@@ -91,3 +118,13 @@ class TrainingInterruptedError(WmtpError):
     """The run was asked to stop by a signal; the state was saved and can be resumed."""
 
     exit_code = 4
+
+
+def disk_error(error: OSError) -> OutputError | None:
+    """The error of a full, read-only or forbidden disk as one to show; None for an error of another kind."""
+    if error.errno not in _DISK_ERRORS:
+        return None
+    where = "" if error.filename is None else f"{error.filename}: "
+    return OutputError(
+        f"{where}{error.strerror}", remedy="check the free space, the limits and the permissions there"
+    )

@@ -25,7 +25,7 @@ from wmtp.cli import (
     train,
     validate,
 )
-from wmtp.exceptions import WmtpError
+from wmtp.exceptions import WmtpError, disk_error
 
 # OpenMP's threads by default wait for each other in a busy loop. On a machine with anything else to do that
 # makes two threads up to twenty times slower than one; sleeping costs little. Read when torch is imported.
@@ -76,10 +76,22 @@ def run_app(application: typer.Typer, arguments: Sequence[str] | None) -> None:
     except WmtpError as error:
         show_error(console, error)
         sys.exit(error.exit_code)
-    except Exception:
-        console.print(Text(traceback.format_exc()), soft_wrap=True)
-        console.print("this is a bug in WMTP: please report it with the lines above", style="red")
+    except OSError as error:
+        known = disk_error(error)
+        if known is None:
+            show_bug(console)
+        else:
+            show_error(console, known)
         sys.exit(1)
+    except Exception:
+        show_bug(console)
+        sys.exit(1)
+
+
+def show_bug(console: Console) -> None:
+    """Print the traceback of an error that nobody expected."""
+    console.print(Text(traceback.format_exc()), soft_wrap=True)
+    console.print("this is a bug in WMTP: please report it with the lines above", style="red")
 
 
 def show_error(console: Console, error: WmtpError) -> None:

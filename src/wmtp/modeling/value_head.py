@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 from wmtp.exceptions import ModelLoadError, UserInputError
 from wmtp.modeling.formats.sources import read_json
-from wmtp.modeling.formats.tensors import check_tensors, shapes_of, tensor_shapes
+from wmtp.modeling.formats.tensors import (
+    check_tensors,
+    disk_errors_of_safetensors,
+    shapes_of,
+    tensor_shapes,
+)
 from wmtp.modeling.mtp_model import MTPModel
 from wmtp.modeling.outputs import MTPOutput
 
@@ -106,7 +111,8 @@ class ValueHead(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+        with disk_errors_of_safetensors(directory / WEIGHTS_FILE):
+            save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
         description = {"format_version": FORMAT_VERSION, "form": self.form, "hidden_size": self.hidden_size}
         text = json.dumps(description, indent=2, sort_keys=True) + "\n"
         (directory / DESCRIPTION_FILE).write_text(text, encoding="utf-8")

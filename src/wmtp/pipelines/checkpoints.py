@@ -9,6 +9,7 @@ from wmtp.components.loader.step_stores import find_checkpoint, run_of
 from wmtp.components.loader.training_state import holds_adapters_only
 from wmtp.components.tokenizer import HfTokenizer
 from wmtp.distributed.checkpoint_store import STEP_NAME
+from wmtp.distributed.publishing import MANIFEST_NAME
 from wmtp.exceptions import CheckpointError
 from wmtp.modeling import MTPModel
 from wmtp.modeling.formats.kinds import PARAMS_FILE
@@ -54,7 +55,8 @@ def locate_model(config: Config, path: str) -> LocatedModel:
         return locate_model(config, run_of(config, path))
     if kind == "s3":
         folder = create_s3_manager(config).folder(resolved)
-        if "final" in folder.subfolders():
+        # Its manifest comes last: without it the model is only on its way there.
+        if "final" in folder.subfolders() and MANIFEST_NAME in folder.subfolder("final").names():
             return LocatedModel(f"{folder}/final", is_training_state=False)
         is_step = STEP_NAME.match(resolved.rstrip("/").rpartition("/")[2]) is not None
         holds_steps = any(map(STEP_NAME.match, folder.subfolders()))

@@ -102,7 +102,8 @@ def prepare_critic(
         trained = ComponentFactory.create_pretrainer(recipe).run(context).value_head
     else:
         trained = ValueHead.load(saved_head, model).to(environment.device)
-    trained.save(folder / "value_head")
+    if not is_resumed:
+        trained.save(folder / "value_head")
     return Critic(trained, holdout_programs)
 
 

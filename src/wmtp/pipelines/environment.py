@@ -31,11 +31,11 @@ class Environment:
 
 @dataclass(frozen=True, slots=True)
 class RunPaths:
-    """Folders of one run under `paths.output`, or under `paths.work` where the output is on S3.
+    """Folders of one run under `paths.output`; where that is on S3, under `paths.work/<bucket>/<prefix>`.
 
     Attributes:
         name: the run's name.
-        output: `paths.output` or `paths.work`, absolute.
+        output: the folder of this machine that has them, absolute.
         checkpoints: `models/<run>`, which holds `step-N` folders and, at the end, the export `final`.
         report: `reports/<run>`: metrics.jsonl, evaluation, report.
         remote: `paths.output` where that is on S3: the steps are there, and everything else goes there too.
@@ -98,7 +98,7 @@ def run_paths(config: Config, run_name: str) -> RunPaths:
     if not _RUN_NAME.match(run_name):
         raise UserInputError(
             f"run name {run_name!r} cannot be a folder name",
-            remedy="use letters, digits, '.', '_' and '-', starting with a letter or digit",
+            remedy="give a --run-name of letters, digits, '.', '_' and '-', a letter or digit first",
         )
     kind, resolved = PathResolver().resolve(config.paths.output)
     if kind not in ("local", "hub", "s3"):
@@ -110,6 +110,9 @@ def run_paths(config: Config, run_name: str) -> RunPaths:
     # `runs/mine` has the form of a hub id, but nothing can be written to the hub.
     folder = config.paths.output if remote is None else config.paths.work
     output = Path(os.path.abspath(os.path.expanduser(folder.removeprefix("file://"))))
+    if remote is not None:
+        # Two outputs on S3 must not meet in one folder.
+        output /= remote.removeprefix("s3://")
     return RunPaths(run_name, output, output / "models" / run_name, output / "reports" / run_name, remote)
 
 

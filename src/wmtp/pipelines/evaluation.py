@@ -81,7 +81,7 @@ def run_evaluation_pipeline(
     # 2. Tracking.
     name = options.run_name or f"eval-{default_run_name(recipe)}"
     paths = run_paths(config, name)
-    refuse_existing_report(paths)
+    refuse_existing_report(config, paths)
     tracker = create_tracker(
         paths.report,
         experiment=experiment_name(recipe.train.algo, recipe.eval.datasets),

@@ -181,15 +181,17 @@ def export_model(
         )
 
 
-def export_state(config: Config, recipe: Recipe, parts: RunParts, paths: RunPaths) -> dict[str, Any]:
+def export_state(
+    config: Config, recipe: Recipe, parts: RunParts, paths: RunPaths, *, is_new: bool
+) -> dict[str, Any]:
     """What a training checkpoint has to say so that it can be exported without config and recipe; JSON.
 
-    The tokenizer is written to `models/<run>/tokenizer` once; a `step-N` folder that is moved away from it
-    falls back on the path the tokenizer was read from.
+    The tokenizer is written to `models/<run>/tokenizer` once, by the run that is new; a `step-N` folder that
+    is moved away from it falls back on the path the tokenizer was read from.
     """
     folder = paths.checkpoints / RUN_TOKENIZER
-    if not folder.exists():
-        with publish_directory(folder) as staging:
+    if is_new or not folder.exists():
+        with publish_directory(folder, replace=True) as staging:
             parts.tokenizer.save(staging)
     lora = recipe.model.lora
     generation_config = parts.model.causal_lm.generation_config

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from wmtp.components.trainer.callbacks import RunStopped
-from wmtp.exceptions import TrainingInterruptedError
+from wmtp.exceptions import TrainingInterruptedError, disk_error
 
 # Shells report 128 + n of a process that signal n ended.
 _SHELL_OFFSET = 128
@@ -34,9 +34,10 @@ class RunStage:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Turn a signal's exception into the error that says what is saved.
+        """Turn a signal's exception, or that of a disk, into the error that says what is saved.
 
         Raises:
+            OutputError: a disk is full, read-only or forbidden.
             TrainingInterruptedError: with exit code 4 where there is a checkpoint to go on from, else with
                 the code a shell reports of a process that the signal ended.
         """
@@ -44,6 +45,13 @@ class RunStage:
             yield
         except RunStopped as stopped:
             raise self._error(stopped) from None
+        except OSError as error:
+            known = disk_error(error)
+            if known is None:
+                raise
+            if self._saved is not None:
+                known.remedy = f"{known.remedy}, then go on with --resume {self._resume}"
+            raise known from error
 
     def _error(self, stopped: RunStopped) -> TrainingInterruptedError:
         name = stopped.number.name

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from wmtp.components.loader import LoadedCheckpoint
 from wmtp.components.loader.step_stores import open_run_store
 from wmtp.components.optimizer import OptimizerContext
 from wmtp.components.scorer import ScorerSetup
@@ -34,10 +33,8 @@ from wmtp.pipelines.data import PreparedData, evaluation_tasks, prepare_data
 from wmtp.pipelines.dry_run import measure_longest_batch
 from wmtp.pipelines.environment import (
     Environment,
-    RunPaths,
     default_run_name,
     prepare_environment,
-    run_paths,
     seed_everything,
 )
 from wmtp.pipelines.evaluation import evaluate_model
@@ -46,9 +43,9 @@ from wmtp.pipelines.export_source import RUN_TOKENIZER
 from wmtp.pipelines.interruption import RunStage
 from wmtp.pipelines.models import check_vocabulary, load_base, load_reference, load_tokenizer
 from wmtp.pipelines.outputs import RunOptions, RunOutputs
-from wmtp.pipelines.remote_output import RemoteOutput
+from wmtp.pipelines.remote_output import RemoteOutput, copy_folder
 from wmtp.pipelines.report import report_training, write_settings
-from wmtp.pipelines.resume import load_resume_checkpoint, refuse_existing_run
+from wmtp.pipelines.resume import RunStart, find_start, recheck_start
 from wmtp.pipelines.rewards import load_program_scorer
 from wmtp.settings import Config, Recipe, redacted_dump, require_available, require_model
 from wmtp.storage import create_s3_manager
@@ -106,15 +103,8 @@ def _train(
     # 1. Where: device, seeds, the checkpoint to go on from, folders.
     began = time.perf_counter()
     environment = prepare_environment(config, recipe)
-    checkpoint = load_resume_checkpoint(config, recipe, environment, resume_checkpoint)
-    resumed = None if checkpoint is None else checkpoint.run_uri.rpartition("/")[2]
-    name = options.run_name or resumed or default_run_name(recipe)
-    paths = run_paths(config, name)
-    if checkpoint is not None:
-        stage.resumed(checkpoint.uri, checkpoint.run_uri)
-    is_new = name != resumed
-    if is_new:
-        refuse_existing_run(open_run_store(config, paths.run_uri), paths)
+    start = find_start(config, recipe, environment, resume_checkpoint, options.run_name)
+    paths = start.paths
 
     # 2. What: base model, tokenizer, data, reference model.
     parts = _build_parts(config, recipe, environment, options, dry_run=False)
@@ -123,22 +113,27 @@ def _train(
     store = open_run_store(config, paths.run_uri)
     remote = RemoteOutput(config, paths)
     with store.only_writer():
-        if is_new:
-            refuse_existing_run(store, paths)
-        else:
-            remote.download(paths.metrics_file)
-        tracker = _open_tracker(config, recipe, paths, options, checkpoint)
+        start = recheck_start(config, recipe, environment, resume_checkpoint, start)
+        checkpoint = start.checkpoint
+        if checkpoint is not None:
+            stage.resumed(checkpoint.uri, checkpoint.run_uri)
+        if start.continued is not None:
+            for path in (paths.metrics_file, paths.checkpoints / "critic"):
+                remote.download(path, run_id=start.continued.mlflow_run_id)
+        if start.origin is not None and recipe.train.algo == "critic-wmtp":
+            copy_folder(config, f"{start.origin.run_uri}/critic", paths.checkpoints / "critic")
+        tracker = _open_tracker(config, recipe, options, start)
+        remote.mark(tracker.run_id)
         status: RunStatus = "failed"
         try:
             # 4. Stage 1 of the critic.
             seed_everything(recipe.train.seed)
-            remote.download(paths.checkpoints / "critic")
-            critic = _prepare_critic(config, recipe, environment, parts, paths, options, checkpoint)
+            critic = _prepare_critic(config, recipe, environment, parts, options, start)
             remote.upload(paths.checkpoints / "critic")
 
             # 5. Optimizer, scorer, callbacks, trainer; the state of a resumed run.
             context = _build_trainer_context(config, recipe, environment, parts, critic)
-            saver = build_saver(config, recipe, paths, store, checkpoint)
+            saver = build_saver(config, recipe, paths, store, start.continued)
             callbacks = build_callbacks(
                 config,
                 recipe,
@@ -153,7 +148,8 @@ def _train(
                 signals,
                 saver,
             )
-            callbacks.checkpoint.run_state["export"] = export_state(config, recipe, parts, paths)
+            described = export_state(config, recipe, parts, paths, is_new=start.is_new)
+            callbacks.checkpoint.run_state["export"] = described
             remote.upload(paths.checkpoints / RUN_TOKENIZER)
             context.callbacks = callbacks.all
             seed_everything(recipe.train.seed)
@@ -204,7 +200,7 @@ def _train(
             tracker.finish(status)
             remote.try_upload(paths.report)
     return RunOutputs(
-        run_name=name,
+        run_name=paths.name,
         metrics=metrics,
         step=result.step,
         checkpoint=callbacks.checkpoint.latest,
@@ -264,26 +260,26 @@ def _prepare_critic(
     recipe: Recipe,
     environment: Environment,
     parts: RunParts,
-    paths: RunPaths,
     options: RunOptions,
-    checkpoint: LoadedCheckpoint | None,
+    start: RunStart,
 ) -> Critic | None:
     if recipe.train.algo != "critic-wmtp":
         return None
-    with local_value_head(config, recipe.critic.value_head if checkpoint is None else None) as value_head:
+    is_resumed = start.checkpoint is not None
+    with local_value_head(config, None if is_resumed else recipe.critic.value_head) as value_head:
         return prepare_critic(
             recipe,
             environment,
             parts.model,
             parts.tokenizer,
             parts.data,
-            folder=paths.checkpoints / "critic",
+            folder=start.paths.checkpoints / "critic",
             value_head=value_head,
             load_scorer=lambda: load_program_scorer(
                 config, recipe, environment, parts.tokenizer, trust_remote_code=options.trust_remote_code
             ),
             unsafe_execution=options.unsafe_execution,
-            is_resumed=checkpoint is not None,
+            is_resumed=is_resumed,
         )
 
 
@@ -319,24 +315,21 @@ def _build_trainer_context(
     )
 
 
-def _open_tracker(
-    config: Config,
-    recipe: Recipe,
-    paths: RunPaths,
-    options: RunOptions,
-    checkpoint: LoadedCheckpoint | None,
-) -> CompositeTracker:
-    mlflow = config.mlflow
+def _open_tracker(config: Config, recipe: Recipe, options: RunOptions, start: RunStart) -> CompositeTracker:
+    mlflow, paths, continued = config.mlflow, start.paths, start.continued
+    tags = options.run_tags()
+    if start.origin is not None:
+        tags["branch_of"] = start.origin.uri
     tracker = create_tracker(
         paths.report,
         experiment=experiment_name(recipe.train.algo, recipe.data.train.sources),
         tracking_uri=tracking_address(config),
         run_name=paths.name,
-        run_id=None if checkpoint is None else checkpoint.mlflow_run_id,
-        resume_step=None if checkpoint is None else checkpoint.step,
+        run_id=None if continued is None else continued.mlflow_run_id,
+        resume_step=None if continued is None else continued.step,
         registry_uri=mlflow.registry_uri,
         artifact_location=mlflow.artifact_location,
-        tags=options.run_tags(),
+        tags=tags,
         open_store=lambda: create_s3_manager(config),
     )
     tracker.log_params({**redacted_dump(config), **redacted_dump(recipe)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from wmtp.distributed.checkpoint import find_latest_valid
+from wmtp.distributed.checkpoint import find_latest_valid, list_checkpoints
 from wmtp.distributed.checkpoint_reading import Checkpoint
 from wmtp.distributed.checkpoint_store import STEP_NAME, LocalStore, StepStore
 from wmtp.exceptions import CheckpointError
@@ -34,10 +34,26 @@ def open_run_store(config: Config, run: str) -> StepStore:
 
 
 def open_fallback_store(config: Config, run: str) -> LocalStore | None:
-    """Where checkpoints of a run on S3 go while S3 is away; None where there is no such place."""
-    if config.s3.fallback_dir is None or PathResolver().resolve(run)[0] != "s3":
+    """Where checkpoints of a run on S3 go while S3 is away: `<s3.fallback_dir>/<bucket>/<key>`; None without
+    such a folder.
+    """
+    where, resolved = PathResolver().resolve(run)
+    if config.s3.fallback_dir is None or where != "s3":
         return None
-    return LocalStore(Path(config.s3.fallback_dir) / run.rstrip("/").rpartition("/")[2])
+    return LocalStore(Path(config.s3.fallback_dir).expanduser() / resolved.rstrip("/").removeprefix("s3://"))
+
+
+def open_run_stores(config: Config, run: str) -> list[StepStore]:
+    """Every place that may hold steps of a run: its own, and the fallback of one on S3."""
+    fallback = open_fallback_store(config, run)
+    return [open_run_store(config, run), *([] if fallback is None else [fallback])]
+
+
+def is_newest(config: Config, checkpoint: Checkpoint, run: str) -> bool:
+    """Whether no other checkpoint of `run` was saved after this one; by their manifests, not verified."""
+    infos = [info for store in open_run_stores(config, run) for info in list_checkpoints(store)]
+    newest = max(infos, key=lambda info: info.sequence, default=None)
+    return newest is not None and newest.manifest_sha256 == checkpoint.info.manifest_sha256
 
 
 def run_of(config: Config, mlflow_run: str) -> str:
@@ -67,10 +83,7 @@ def find_checkpoint(config: Config, path: str) -> Checkpoint:
         checkpoint = Checkpoint(open_run_store(config, run or "."), last)
         checkpoint.verify()
         return checkpoint
-    stores: list[StepStore] = [open_run_store(config, path)]
-    fallback = open_fallback_store(config, path)
-    if fallback is not None:
-        stores.append(fallback)
+    stores = open_run_stores(config, path)
     found: list[Checkpoint] = []
     skipped: list[tuple[str, str]] = []
     for store in stores:

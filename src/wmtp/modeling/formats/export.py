@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from wmtp.exceptions import ModelLoadError, UserInputError
 from wmtp.modeling.formats.sources import HEADS_FILE, WMTP_FILE, ModelSource, read_source_json
-from wmtp.modeling.formats.tensors import open_tensors
+from wmtp.modeling.formats.tensors import disk_errors_of_safetensors, open_tensors
 from wmtp.modeling.heads import HEAD_FORMS, SavedHeads, check_offsets
 from wmtp.modeling.lora import plain_state_dict
 from wmtp.modeling.state_dict import floating_tensors, set_precision
@@ -38,13 +38,19 @@ def save_mtp_model(
     tokenizer: PreTrainedTokenizerBase | None,
     metadata: Mapping[str, Any] | None,
 ) -> None:
-    """Write the export; see `MTPModel.save_pretrained`."""
+    """Write the export; see `MTPModel.save_pretrained`.
+
+    Raises:
+        OSError: the disk is full or cannot be written to.
+    """
     path.mkdir(parents=True, exist_ok=True)
     causal_lm = model.causal_lm
     own_generation_config = causal_lm.generation_config
     causal_lm.generation_config = complete_generation_config(causal_lm, tokenizer)
+    state = None if model.lora is None else plain_state_dict(model)
     try:
-        causal_lm.save_pretrained(path, state_dict=None if model.lora is None else plain_state_dict(model))
+        with disk_errors_of_safetensors(path):
+            causal_lm.save_pretrained(path, state_dict=state)
     finally:
         causal_lm.generation_config = own_generation_config
     tensors = {
@@ -52,7 +58,8 @@ def save_mtp_model(
         for index, module in enumerate(model.extra_heads, start=1)
         for name, tensor in module.state_dict().items()
     }
-    save_file(tensors, path / HEADS_FILE, metadata={"format": "pt"})
+    with disk_errors_of_safetensors(path / HEADS_FILE):
+        save_file(tensors, path / HEADS_FILE, metadata={"format": "pt"})
     description = {
         "format_version": FORMAT_VERSION,
         "horizon": model.horizon,

@@ -10,8 +10,11 @@ import io
 import json
 import math
 import operator
+import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,6 +35,7 @@ from wmtp.modeling.formats.torch_files import load_torch_file, unreadable
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 # In the order of `SINGLE_FILES`: the index of the shards of each.
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 # The format's own bound, which its library keeps too.
 _MAX_HEADER_BYTES = 100_000_000
 _SAFETENSORS_DTYPES = {
@@ -351,3 +355,16 @@ def stored_in_torch(file: str, name: object, value: object) -> StoredTensor:
         problem = f"tensor {name!r} {list(tensor.shape)} is not stored as plain numbers of this many"
         raise unreadable(file, "torch", problem)
     return StoredTensor(name, file, tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+@contextmanager
+def disk_errors_of_safetensors(path: Path) -> Iterator[None]:
+    """Raise what a disk answers to safetensors as the OSError it is, with `path` as its file."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = _OS_ERROR.search(str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
