@@ -337,10 +337,67 @@ def test_what_cannot_be_tidied_is_told_and_the_checkpoint_stays(
     assert "step-1 is saved, but" in caplog.text
 
 
-def test_a_run_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["file/run", "file"])
+def test_a_run_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(CheckpointError, match="could not be saved"):
-        save_checkpoint(LocalStore(tmp_path / "file/run"), 1, tensors={}, state={})
+    store = LocalStore(tmp_path / name)
+    for use in (store.only_writer().__enter__, lambda: save_checkpoint(store, 1, tensors={}, state={})):
+        with pytest.raises(CheckpointError, match=f"cannot be written into {tmp_path / name}: ") as caught:
+            use()
+        assert caught.value.remedy is not None
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def _leave(path: Path, content: str = "left") -> Path:
+    """A folder as publishing leaves it when it is killed, or a file."""
+    if path.name.startswith("latest"):
+        path.write_text(content)
+    else:
+        (path / "deep").mkdir(parents=True)
+        (path / "deep/model.safetensors").write_text(content)
+    return path
+
+
+def test_what_killed_publishing_left_in_a_run_folder_goes_with_the_next_save(tmp_path: Path) -> None:
+    for name in (
+        "final.tmp",
+        "latest.tmp",
+        "tokenizer.tmp",
+        "step-3.tmp",
+        "step-1.replaced",
+        "final.replaced",
+    ):
+        _leave(tmp_path / f"{name}-{'a' * 32}")
+    kept = [_leave(tmp_path / name) for name in ("final", "critic", "notes.tmp-1", f"tmp-{'b' * 32}")]
+    outside = _leave(tmp_path.with_name(f"{tmp_path.name}.outside"))
+    (tmp_path / f"critic.tmp-{'c' * 32}").symlink_to(outside)
+    save_checkpoint(LocalStore(tmp_path), 1, tensors=_tensors(), state={})
+    expected = {".checkpoint.lock", "latest", "step-1", *(path.name for path in kept)}
+    assert {path.name for path in tmp_path.iterdir()} == expected
+    for path in (*kept, outside):
+        assert (path / "deep/model.safetensors").read_text() == "left"
+
+
+def test_an_export_that_was_killed_between_its_renames_comes_back(tmp_path: Path) -> None:
+    _leave(tmp_path / f"final.replaced-{'b' * 32}", "old")
+    time.sleep(0.02)
+    _leave(tmp_path / f"final.replaced-{'a' * 32}", "new")
+    _leave(tmp_path / f"final.tmp-{'c' * 32}")
+    save_checkpoint(LocalStore(tmp_path), 1, tensors=_tensors(), state={})
+    assert _names(tmp_path) == ["final", "step-1"]
+    assert (tmp_path / "final/deep/model.safetensors").read_text() == "new"
+
+
+def test_what_another_process_publishes_into_the_folder_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    begun_before = _leave(tmp_path / f"final.tmp-{'a' * 32}")
+    store = LocalStore(tmp_path)
+    with store.only_writer():
+        time.sleep(0.02)
+        (begun_before / "deep/model.safetensors").write_text("more")
+        begun_after = _leave(tmp_path / f"other.tmp-{'b' * 32}")
+        aside = _leave(tmp_path / f"other.replaced-{'b' * 32}")
+        save_checkpoint(store, 1, tensors=_tensors(), state={})
+    assert all((path / "deep/model.safetensors").exists() for path in (begun_before, begun_after, aside))
 
 
 def _save_forever(run_dir: Path, first: int) -> None:

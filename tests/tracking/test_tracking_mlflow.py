@@ -27,7 +27,7 @@ from wmtp.tracking import (
     resolve_run_uri,
 )
 from wmtp.tracking.checkpoint_records import CheckpointRecord, checkpoint_records
-from wmtp.tracking.mlflow_tracker import MLflowManager, resolve_tracking_uri
+from wmtp.tracking.mlflow_tracker import MLflowManager, resolve_registry_uri, resolve_tracking_uri
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,39 @@ def test_a_server_that_is_not_there_is_a_clear_error(monkeypatch: pytest.MonkeyP
         MLflowManager("http://127.0.0.1:9", experiment="e")
 
 
+def test_no_message_shows_the_password_of_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    address = "http://me:hunter2@127.0.0.1:9"
+    tracking = Config.model_validate({"mlflow": {"tracking_uri": address}})
+    calls = (
+        lambda: MLflowManager(address, experiment="e"),
+        lambda: checkpoints_of(tracking, "0" * 32),
+        lambda: download_model_artifact(tracking, "models:/m/1", tmp_path),
+        lambda: resolve_tracking_uri("ftp://me:hunter2@host/x"),
+        lambda: resolve_registry_uri("s3://bucket", address),
+    )
+    for call in calls:
+        with pytest.raises(UserInputError) as caught:
+            call()
+        assert "hunter2" not in str(caught.value)
+        assert "**********@" in str(caught.value)
+
+
+def test_a_run_that_is_gone_is_told_without_the_password(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = MLflowManager(str(store), experiment="e")
+    database = f"sqlite:///{store}/mlflow.db"
+    monkeypatch.setattr("wmtp.tracking.lookup.tracking_address", lambda config: f"{database}?token=hunter2")
+    monkeypatch.setattr("wmtp.tracking.mlflow_tracker.resolve_tracking_uri", lambda uri: (database, None))
+    with pytest.raises(CheckpointError, match=r"has recorded no checkpoint") as caught:
+        resolve_run_uri(Config(), f"runs:/{found.run_id}")
+    assert "hunter2" not in str(caught.value)
+    with pytest.warns(TrackingWarning, match="a new run is started") as warned:
+        MLflowManager(f"{store}?token=hunter2", experiment="e", run_id="0" * 32)
+    assert "hunter2" not in str(warned[0].message)
+
+
 def test_usage_reporting_is_off() -> None:
     import os
 
@@ -263,6 +296,17 @@ def test_checkpoints_are_recorded_and_found_by_their_run(store: Path) -> None:
         "manifest_sha256": "ab",
         "metrics": {"train/loss": 0.25},
     }
+
+
+def test_a_checkpoint_that_was_moved_keeps_the_metrics_of_its_step(store: Path) -> None:
+    manager = MLflowManager(str(store), experiment="e")
+    manager.log_checkpoint(CheckpointRecord(2, "/fallback/step-2", {"train/loss": 0.5, "score": 1.0}, "ab"))
+    manager.log_checkpoint(CheckpointRecord(2, "s3://runs/step-2", {"score": 1.0}, "cd"))
+    expected = CheckpointRecord(2, "s3://runs/step-2", {"train/loss": 0.5, "score": 1.0}, "cd")
+    assert manager.checkpoints() == [expected]
+    # Saved again, in the same place: what was measured at the older state is not its own.
+    manager.log_checkpoint(CheckpointRecord(2, "s3://runs/step-2", {"score": 3.0}, "ef"))
+    assert manager.checkpoints() == [CheckpointRecord(2, "s3://runs/step-2", {"score": 3.0}, "ef")]
 
 
 @pytest.mark.parametrize("uri", ["runs:/", "runs:/a/b", "run", "runs:/" + "0123" * 8])

@@ -110,6 +110,8 @@ class LocalStore:
     def __init__(self, run_dir: str | os.PathLike[str]) -> None:
         self.run_dir = Path(os.path.abspath(run_dir))
         self._lock: IO[str] | None = None
+        # When the lock was taken, by the clock of the file system.
+        self._locked_ns = 0
 
     def uri(self, name: str = "") -> str:
         """The absolute path."""
@@ -156,15 +158,24 @@ class LocalStore:
         discard_directory(self.run_dir / name)
 
     def clean(self) -> None:
-        """See `StepStore.clean`."""
-        for folder in self.folders():
-            path = self.run_dir / folder.name
-            original = self.run_dir / f"step-{folder.step}"
-            if folder.kind == "replaced" and not original.exists():
-                # The replacement was cut off between its two renames: the old one is the state of that step.
+        """See `StepStore.clean`; goes for what is published beside the steps too (`final`, `latest`, ...).
+
+        Of that, only what nobody has changed since this writer began: an export by another process is left.
+        """
+        staged = ((path, STAGING_PATTERN.match(path.name)) for path in self.run_dir.iterdir())
+        leftovers = [
+            (path, match) for path, match in staged if match is not None and self._is_left(path, match)
+        ]
+        # Of several that were set aside, the newest comes back.
+        for path, match in sorted(leftovers, key=lambda found: -found[0].lstat().st_mtime_ns):
+            original = self.run_dir / match["name"]
+            if match["kind"] == "replaced" and not original.exists():
+                # The replacement was cut off between its two renames: the old one is what there is.
                 path.rename(original)
-            elif folder.kind != "step":
+            elif path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def point_latest(self, name: str) -> None:
         """See `StepStore.point_latest`."""
@@ -176,16 +187,43 @@ class LocalStore:
         if self._lock is not None:
             yield
             return
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        with open(self.run_dir / _LOCK_NAME, "w", encoding="utf-8") as lock:
-            self._take(lock)
+        with self._taken_lock() as lock:
             self._lock = lock
             try:
                 yield
             finally:
                 self._lock = None
 
-    def _take(self, lock: IO[str]) -> None:
+    def _is_left(self, path: Path, match: re.Match[str]) -> bool:
+        """Whether something with a staging name is what a process that has ended left."""
+        if STEP_NAME.match(match["name"]):
+            # Only the one writer makes these.
+            return True
+        try:
+            return max(found.lstat().st_ctime_ns for found in (path, *path.rglob("*"))) <= self._locked_ns
+        except FileNotFoundError:
+            # Somebody is at work on it.
+            return False
+
+    def _taken_lock(self) -> IO[str]:
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            lock = open(self.run_dir / _LOCK_NAME, "w", encoding="utf-8")  # noqa: SIM115 - given to the caller
+            try:
+                self._wait_for(lock)
+                os.utime(lock.fileno())
+                self._locked_ns = os.fstat(lock.fileno()).st_ctime_ns
+            except BaseException:
+                lock.close()
+                raise
+        except OSError as error:
+            raise CheckpointError(
+                f"Checkpoints cannot be written into {self.run_dir}: {error.strerror or error}",
+                remedy="Check that it is a folder (or can be made one), its permissions and its free space.",
+            ) from error
+        return lock
+
+    def _wait_for(self, lock: IO[str]) -> None:
         give_up = time.monotonic() + _LOCK_PATIENCE_S
         while True:
             try:

@@ -1,9 +1,9 @@
 """Step folders of a run in an object store, where nothing can be renamed and nobody can lock.
 
-    <run>/step-200/<id>/model.safetensors ...   the files of one save; unseen until the manifest names <id>
-    <run>/step-200/manifest.json                written last, if it still is as it was: the commit
-    <run>/writer.json                           who writes here, renewed while that process lives
-    <run>/latest                                name of the step that was saved last, for people and scripts
+<run>/step-200/<id>/model.safetensors ...   the files of one save; unseen until the manifest names <id>
+<run>/step-200/manifest.json                written last, if it still is as it was: the commit
+<run>/writer.json                           who writes here, renewed while that process lives
+<run>/latest                                name of the step that was saved last, for people and scripts
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class S3Store:
         """See `StepStore.only_writer`: an object that is renewed while this process lives.
 
         Another process's is waited for until it has not been renewed for `s3.lease_s`, by this machine's own
-        clock; that of a process of this machine that has ended is taken over at once.
+        clock; that of a process that has ended on this machine, since its last start, is taken over at once.
         """
         if self._claim is not None:
             yield
@@ -311,8 +311,11 @@ def _has_ended(process: object) -> bool:
     """Whether a process of this machine has ended: its number is free, or another's by now."""
     if not isinstance(process, dict) or process.get("host") != _host():
         return False
-    started = process.get("started")
-    return started is not None and _start_of(process.get("pid")) != started
+    started, boot = process.get("started"), _boot_id()
+    # Virtual machines of one image have the same name and namespaces; only a boot is one machine's alone.
+    if not isinstance(started, str) or boot is None or not started.startswith(f"{boot}:"):
+        return False
+    return _start_of(process.get("pid")) != started
 
 
 def _host() -> str:
@@ -326,10 +329,17 @@ def _host() -> str:
 def _start_of(pid: object) -> str | None:
     """When a process of this machine began, with the boot it belongs to; None when there is none."""
     try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot:
-            boot_id = boot.read().strip()
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:
             # The name in parentheses may hold blanks; the start is the 22nd field, the 20th after it.
-            return f"{boot_id}:{stat.read().rpartition(')')[2].split()[19]}"
+            start = stat.read().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
+        return None
+    return f"{_boot_id()}:{start}"
+
+
+def _boot_id() -> str | None:
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
         return None

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from wmtp.settings.redaction import redact_text
 from wmtp.tracking.base import RemoteTracker, RunStatus, TrackingWarning
 from wmtp.tracking.checkpoint_records import CheckpointRecord
 from wmtp.tracking.delivery import Delivery
@@ -125,8 +126,7 @@ class CompositeTracker:
         self._warn_once()
         if num_lost:
             warnings.warn(
-                f"{num_lost} entries did not reach the tracking store. "
-                f"All metrics are in {self._metrics_file.path}.",
+                f"{num_lost} entries did not reach the tracking store.{self._where_all_is()}",
                 TrackingWarning,
                 stacklevel=2,
             )
@@ -142,10 +142,13 @@ class CompositeTracker:
         if error is None or self._has_warned:
             return
         self._has_warned = True
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = redact_text(str(error).strip().partition("\n")[0]) or type(error).__name__
         warnings.warn(
             f"Tracking failed ({reason}); training goes on, tracking is tried again every "
-            f"{self._delivery.retry_s:.0f} s. All metrics are in {self._metrics_file.path}.",
+            f"{self._delivery.retry_s:.0f} s.{self._where_all_is()}",
             TrackingWarning,
             stacklevel=3,
         )
+
+    def _where_all_is(self) -> str:
+        return "" if self._metrics_file.num_waiting else f" All metrics are in {self._metrics_file.path}."

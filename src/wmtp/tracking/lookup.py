@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wmtp.exceptions import CheckpointError, ModelLoadError, StorageMissingError
+from wmtp.settings.redaction import redact_text
 from wmtp.tracking.checkpoint_records import CheckpointRecord, checkpoint_records
 from wmtp.tracking.create import tracking_address
 from wmtp.tracking.object_store import OpenStore, is_s3, open_object_store
@@ -36,8 +37,9 @@ def resolve_run_uri(config: Config, uri: str, *, open_store: OpenStore | None = 
         raise CheckpointError(f"{uri!r} does not name a run", remedy="give runs:/<id of an MLflow run>")
     records = checkpoints_of(config, match["run_id"], open_store=open_store)
     if not records:
+        address = redact_text(tracking_address(config))
         raise CheckpointError(
-            f"the run {match['run_id']} at {tracking_address(config)} has recorded no checkpoint",
+            f"the run {match['run_id']} at {address} has recorded no checkpoint",
             remedy="give the folder of its checkpoints",
         )
     return [record.uri for record in records]
@@ -56,7 +58,7 @@ def checkpoints_of(
 
     address = tracking_address(config)
     unknown = CheckpointError(
-        f"MLflow at {address} has no run {run_id}",
+        f"MLflow at {redact_text(address)} has no run {run_id}",
         remedy="check the id and mlflow.tracking_uri in the config",
     )
     with _run_client(address, run_id, open_store, unknown) as client:
@@ -107,8 +109,9 @@ def download_model_artifact(
                 mlflow_download(artifact_uri=source, dst_path=str(folder), tracking_uri=client.tracking_uri)
             )
         except (MlflowException, OSError) as error:
+            reason = str(error).strip().partition("\n")[0]
             raise ModelLoadError(
-                f"{uri} cannot be had from {address}: {str(error).strip().partition(chr(10))[0]}",
+                redact_text(f"{uri} cannot be had from {address}: {reason}"),
                 remedy="check the name, the version and mlflow.registry_uri in the config",
             ) from error
 
@@ -151,5 +154,6 @@ def _registry_client(address: str, open_store: OpenStore | None) -> Iterator[Mlf
             yield MlflowClient(f"sqlite:///{path}", f"sqlite:///{path}")
     except StorageMissingError as error:
         raise ModelLoadError(
-            f"there is no tracking database at {address}", remedy="check mlflow.tracking_uri in the config"
+            f"there is no tracking database at {redact_text(address)}",
+            remedy="check mlflow.tracking_uri in the config",
         ) from error

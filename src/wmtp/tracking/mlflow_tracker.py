@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from wmtp.exceptions import UserInputError
+from wmtp.settings.redaction import redact_text
 from wmtp.tracking.base import RunStatus, TrackingWarning, flatten_params, git_commit
 from wmtp.tracking.checkpoint_records import CheckpointRecord, checkpoint_records
 from wmtp.tracking.mlflow_artifacts import upload_artifacts
@@ -111,7 +113,7 @@ class MLflowManager:
             self.set_tags(tags or {})
         except (MlflowException, SQLAlchemyError, OSError) as error:
             raise UserInputError(
-                f"MLflow cannot be used at {self.tracking_uri}: {_first_line(error)}",
+                redact_text(f"MLflow cannot be used at {self.tracking_uri}: {_first_line(error)}"),
                 remedy="Check mlflow.tracking_uri in the config; without it a SQLite file is used.",
             ) from error
         self._registers_on_s3 = self._s3 is not None and (registry_uri is None or is_s3(registry_uri))
@@ -181,7 +183,14 @@ class MLflowManager:
         self._publish()
 
     def log_checkpoint(self, record: CheckpointRecord) -> None:
-        """Record a committed checkpoint; on S3 it is published at once, with all that came before it."""
+        """Record a committed checkpoint; on S3 it is published at once, with all that came before it.
+
+        One that was recorded at another address was brought from there, perhaps many steps later: what had
+        been measured at its step stays in the record.
+        """
+        earlier = next((found for found in self.checkpoints() if found.step == record.step), None)
+        if earlier is not None and earlier.uri != record.uri:
+            record = replace(record, metrics={**earlier.metrics, **record.metrics})
         key, value = record.to_tag()
         self.set_tags({key: value})
         self._publish(is_due=True)
@@ -239,7 +248,7 @@ class MLflowManager:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
             warnings.warn(
-                f"MLflow at {self.tracking_uri} has no run {run_id}; a new run is started. "
+                f"MLflow at {redact_text(self.tracking_uri)} has no run {run_id}; a new run is started. "
                 "Give the tracking_uri of the run that is resumed to continue its curves.",
                 TrackingWarning,
                 stacklevel=3,
@@ -278,7 +287,7 @@ def resolve_tracking_uri(uri: str) -> tuple[str, str | None]:
             return uri, None
         if _scheme(uri) not in ("", "file"):
             raise UserInputError(
-                f"mlflow.tracking_uri {uri!r} is of the unknown kind {urlsplit(uri).scheme!r}.",
+                f"mlflow.tracking_uri {redact_text(uri)!r} is of the unknown kind {urlsplit(uri).scheme!r}.",
                 remedy="Use a folder, sqlite:///file.db, s3://bucket/prefix, or the address of an MLflow "
                 "server (http, https).",
             )
@@ -303,7 +312,7 @@ def resolve_registry_uri(registry_uri: str | None, tracking_uri: str) -> str | N
         return None
     if is_s3(registry_uri):
         raise UserInputError(
-            f"mlflow.registry_uri {registry_uri!r} is not mlflow.tracking_uri, {tracking_uri!r}",
+            f"mlflow.registry_uri {registry_uri!r} is not mlflow.tracking_uri, {redact_text(tracking_uri)!r}",
             remedy="a registry on S3 is in the tracking database there: remove registry_uri, or use a server",
         )
     return resolve_tracking_uri(registry_uri)[0]
