@@ -21,6 +21,7 @@ from wmtp.components.loader.builtin import micro_tokenizer
 from wmtp.components.loader.step_stores import open_run_store
 from wmtp.distributed.checkpoint import find_latest_valid
 from wmtp.distributed.checkpoint_reading import Checkpoint
+from wmtp.pipelines.environment import run_paths
 from wmtp.settings import Config
 from wmtp.storage import create_s3_manager
 from wmtp.tracking import read_metrics, tracking_address
@@ -118,8 +119,7 @@ class Run:
     @property
     def local(self) -> Path:
         """Where its report and export are on this machine."""
-        paths = self.config["paths"]
-        return Path(paths["work"] if str(paths["output"]).startswith("s3://") else paths["output"])
+        return run_paths(self.settings, self.name).output
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,5 +117,7 @@ def test_all_is_read_and_written_where_the_config_says(s3_server: S3Server, tmp_
     assert {"out/models/run/final/model.safetensors", "out/reports/run/report.html"} <= written
     assert any(name.startswith("mlflow/runs/") for name in written)
     # What stands in the visible work folder is what was copied to S3: the export and the reports.
-    assert {path.name for path in work.iterdir()} == {"config.yaml", "recipe.yaml", "models", "reports"}
-    assert {path.name for path in (work / "models" / "run").iterdir()} <= {"final", "tokenizer"}
+    made = work / s3_server.bucket / "no-cache" / "out"
+    assert {path.name for path in work.iterdir()} == {"config.yaml", "recipe.yaml", s3_server.bucket}
+    assert {path.name for path in made.iterdir()} == {"models", "reports"}
+    assert {path.name for path in (made / "models" / "run").iterdir()} <= {"final", "tokenizer"}
