@@ -12,12 +12,27 @@ from typing import Any
 import pytest
 import torch
 
-from wmtp.distributed.checkpoint import Retention, find_latest_valid, list_checkpoints
+from wmtp.distributed.checkpoint import (
+    Retention,
+    copy_checkpoint,
+    find_latest_valid,
+    list_checkpoints,
+)
 from wmtp.distributed.checkpoint_reading import Checkpoint
 from wmtp.distributed.checkpoint_saver import CheckpointSaver, SaveRequest
 from wmtp.distributed.checkpoint_store import LocalStore
 from wmtp.distributed.checkpoint_tensors import copy_to_host
-from wmtp.exceptions import CheckpointError, StorageUnavailableError
+from wmtp.exceptions import (
+    CheckpointError,
+    StorageConflictError,
+    StorageCredentialsError,
+    StorageDamagedError,
+    StorageDeniedError,
+    StorageError,
+    StorageFullError,
+    StorageMissingError,
+    StorageUnavailableError,
+)
 
 
 class _HeldStore(LocalStore):
@@ -150,18 +165,25 @@ def test_a_state_that_json_would_change_fails_beside_training_too(tmp_path: Path
 
 
 class _AwayStore(LocalStore):
-    """Stands for a store that cannot be reached while `is_away`."""
+    """Stands for a store that does not take what it is given while `is_away`; counts the requests."""
 
-    is_away = False
+    def __init__(self, run: Path) -> None:
+        super().__init__(run)
+        self.is_away = False
+        self.refusal: Exception = StorageUnavailableError("s3://runs is away", remedy="wait")
+        self.num_asked = 0
+
+    def _ask(self) -> None:
+        if self.is_away:
+            self.num_asked += 1
+            raise self.refusal
 
     def folders(self) -> Any:
-        if self.is_away:
-            raise StorageUnavailableError("s3://runs is away", remedy="wait")
+        self._ask()
         return super().folders()
 
     def draft(self, name: str, draft_id: str) -> Any:
-        if self.is_away:
-            raise StorageUnavailableError("s3://runs is away", remedy="wait")
+        self._ask()
         return super().draft(name, draft_id)
 
 
@@ -184,6 +206,11 @@ def test_what_went_elsewhere_is_brought_back_in_its_place_in_the_order(
         assert saver.latest.uri == (fallback if is_away else store).uri(f"step-{step}")
     assert [(info.step, info.sequence) for info in list_checkpoints(store)] == [(n, n) for n in range(1, 6)]
     assert list_checkpoints(fallback) == []
+    # Each where it is, and where it came to be; the last one of each step is where it is now.
+    places = [(2, fallback), (3, fallback), (4, fallback), (2, store), (3, store), (4, store), (5, store)]
+    expected = [str(place.run_dir / f"step-{step}") for step, place in ((1, store), *places)]
+    assert [info.uri for info in saver.take_committed()] == expected
+    assert saver.take_committed() == []
     assert all(Checkpoint(store, f"step-{n}").problems() == [] for n in range(1, 6))
     for told in ("step 2 was saved to", "step 3 was saved to", "step 2 was brought from"):
         assert caplog.text.count(told) == 1
@@ -241,3 +268,199 @@ def test_a_resumed_run_counts_on_from_what_it_resumed(tmp_path: Path) -> None:
     store.is_away = False
     resumed.save(_request(4, 4.0))
     assert [(info.step, info.sequence) for info in list_checkpoints(store)] == [(n, n) for n in range(1, 5)]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_store_that_was_away_is_asked_after_the_checkpoint_is_safe(tmp_path: Path, is_async: bool) -> None:
+    store, fallback = _stores(tmp_path)
+    asked: list[list[int]] = []
+    is_back = False
+
+    def is_reachable() -> bool:
+        asked.append([info.step for info in list_checkpoints(fallback)])
+        return is_back
+
+    saver = CheckpointSaver(
+        store, Retention(), is_async=is_async, fallback=fallback, is_reachable=is_reachable
+    )
+    store.is_away = True
+    for step in (1, 2, 3):
+        saver.save(_request(step, float(step)))
+        saver.wait()
+        assert store.num_asked == 1, "one deadline for a whole outage"
+    assert asked == [[1, 2], [1, 2, 3]]
+    store.is_away, is_back = False, True
+    saver.save(_request(4, 4.0))
+    saver.wait()
+    assert asked[2] == [1, 2, 3, 4]
+    assert [(info.step, info.sequence) for info in list_checkpoints(store)] == [(n, n) for n in range(1, 5)]
+    saver.save(_request(5, 5.0))
+    saver.wait()
+    assert len(asked) == 3, "a store that is there is not asked"
+    saver.close()
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_what_a_checkpoint_needs_is_brought_first_and_by_the_thread_that_saves(
+    tmp_path: Path, is_async: bool
+) -> None:
+    store, fallback = _stores(tmp_path)
+    saver = CheckpointSaver(store, Retention(), is_async=is_async, fallback=fallback)
+    calls: list[tuple[bool, list[int]]] = []
+
+    def before() -> None:
+        on_this_thread = threading.current_thread() is threading.main_thread()
+        calls.append((on_this_thread, [info.step for info in list_checkpoints(store)]))
+
+    for step, is_away in ((1, False), (2, True), (3, False)):
+        store.is_away = is_away
+        tensors = _request(step, 1.0).tensors
+        saver.save(SaveRequest(step, tensors, {}, before=before if not is_away else _unavailable))
+        saver.wait()
+    # Before step 1, and before 2 and 3 are brought to the store.
+    assert calls == [(not is_async, []), (not is_async, [1])]
+    saver.close()
+
+
+def _unavailable() -> None:
+    raise StorageUnavailableError("s3://runs/metrics.jsonl is away", remedy="wait")
+
+
+def _denied() -> None:
+    raise StorageDeniedError("s3://runs/metrics.jsonl: no", remedy="check")
+
+
+def test_a_store_that_does_not_take_what_comes_first_is_not_waited_for_twice(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, fallback = _stores(tmp_path)
+    saver = CheckpointSaver(store, Retention(), fallback=fallback)
+    store.is_away = True
+    request = _request(1, 1.0)
+    saver.save(SaveRequest(1, request.tensors, {}, before=_unavailable))
+    assert store.num_asked == 0
+    assert [info.step for info in list_checkpoints(fallback)] == [1]
+    assert "metrics.jsonl is away (wait); step 1 was saved to" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("before", "has_fallback"), [(_unavailable, False), (_denied, False), (_denied, True)]
+)
+def test_what_could_not_be_brought_first_is_a_warning_where_the_store_takes_the_checkpoint(
+    tmp_path: Path, before: Any, has_fallback: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, fallback = _stores(tmp_path)
+    saver = CheckpointSaver(store, Retention(), fallback=fallback if has_fallback else None)
+    saver.save(SaveRequest(1, _request(1, 1.0).tensors, {}, before=before))
+    assert [info.step for info in list_checkpoints(store)] == [1]
+    assert "was not copied: s3://runs/metrics.jsonl" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "kind", [StorageCredentialsError, StorageDeniedError, StorageFullError, StorageMissingError, StorageError]
+)
+def test_a_store_that_refuses_sends_checkpoints_elsewhere_too_and_says_why(
+    tmp_path: Path, kind: type[StorageError], caplog: pytest.LogCaptureFixture
+) -> None:
+    store, fallback = _stores(tmp_path)
+    saver = CheckpointSaver(store, Retention(), fallback=fallback)
+    store.is_away, store.refusal = True, kind("the token has expired", remedy="get a new one")
+    for step in (1, 2):
+        saver.save(_request(step, 1.0))
+        assert f"the token has expired (get a new one); step {step} was saved to" in caplog.text
+    store.is_away = False
+    saver.save(_request(3, 3.0))
+    assert [info.step for info in list_checkpoints(store)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        CheckpointError("Another process has taken over", remedy="stop"),
+        StorageConflictError("another writer was first"),
+        StorageDamagedError("other bytes"),
+    ],
+)
+@pytest.mark.parametrize("is_late", [False, True])
+def test_another_writer_ends_the_run_and_nothing_goes_elsewhere(
+    tmp_path: Path, refusal: Exception, is_late: bool
+) -> None:
+    store, fallback = _stores(tmp_path)
+    saver = CheckpointSaver(store, Retention(), fallback=fallback)
+    store.is_away = True
+    if is_late:
+        saver.save(_request(1, 1.0))
+    store.refusal = refusal
+    if is_late and isinstance(refusal, StorageDamagedError):
+        # What is in the fallback is whole: it stays there.
+        saver.save(_request(2, 1.0))
+        assert [info.step for info in list_checkpoints(fallback)] == [1, 2]
+        return
+    with pytest.raises(type(refusal), match=str(refusal.args[0])):
+        saver.save(_request(2, 1.0))
+    assert [info.step for info in list_checkpoints(fallback)] == ([1, 2] if is_late else [])
+
+
+def test_what_is_elsewhere_at_the_start_is_brought_back_or_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, fallback = _stores(tmp_path)
+    first = CheckpointSaver(store, Retention(), fallback=fallback)
+    first.save(_request(1, 1.0))
+    store.is_away = True
+    first.save(_request(2, 2.0))
+    first.bring_back()
+    assert f"the last checkpoints are in {fallback.uri()} until a later save or --resume" in caplog.text
+
+    resumed = CheckpointSaver(store, Retention(keep_last=1), fallback=fallback)
+    resumed.latest = Checkpoint(fallback, "step-2").info
+    resumed.bring_back()
+    assert resumed.latest.uri == fallback.uri("step-2")
+    store.is_away = False
+    brought: list[str] = []
+    resumed.bring_back(lambda: brought.append("metrics"))
+    assert resumed.latest == Checkpoint(store, "step-2").info
+    assert resumed.take_committed() == [resumed.latest]
+    assert brought == ["metrics"]
+    # As after a save: the rule about what stays holds.
+    assert [(info.step, info.sequence) for info in list_checkpoints(store)] == [(2, 2)]
+    assert (tmp_path / "store/latest").read_text() == "step-2\n"
+    assert list_checkpoints(fallback) == []
+    resumed.bring_back(lambda: brought.append("again"))
+    assert brought == ["metrics"], "nothing is left to bring"
+
+
+def test_one_that_was_brought_back_without_being_removed_is_told_of_and_removed(tmp_path: Path) -> None:
+    store, fallback = _stores(tmp_path)
+    saver = CheckpointSaver(store, Retention(), fallback=fallback)
+    store.is_away = True
+    saver.save(_request(1, 1.0))
+    store.is_away = False
+    # The process was killed between the two.
+    moved = copy_checkpoint(Checkpoint(fallback, "step-1"), store)
+    saver.take_committed()
+    saver.bring_back()
+    assert saver.take_committed() == [moved]
+    assert saver.latest == moved
+    assert list_checkpoints(fallback) == []
+
+
+@pytest.mark.parametrize("has_fallback", [False, True])
+def test_an_error_names_the_last_checkpoint(tmp_path: Path, has_fallback: bool) -> None:
+    store, fallback = _stores(tmp_path)
+    saver = CheckpointSaver(store, Retention(), fallback=fallback if has_fallback else None)
+    store.is_away = True
+    if has_fallback:
+        (tmp_path / "fallback").write_text("no folder")
+    expected = CheckpointError if has_fallback else StorageUnavailableError
+    with pytest.raises(expected, match="s3://runs is away") as caught:
+        saver.save(_request(1, 1.0))
+    assert "The last checkpoint" not in str(caught.value)
+    store.is_away = False
+    saver = CheckpointSaver(store, Retention(), fallback=fallback if has_fallback else None)
+    saver.save(_request(1, 1.0))
+    store.is_away = True
+    with pytest.raises(expected, match="s3://runs is away") as caught:
+        saver.save(_request(2, 1.0))
+    assert f"The last checkpoint is {store.uri('step-1')}." in caught.value.message
+    assert caught.value.remedy is not None

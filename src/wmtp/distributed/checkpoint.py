@@ -151,14 +151,19 @@ def save_checkpoint(
                 writer.draft.abandon()
         raise_together(failure, uri, process_group)
         if info is not None:
-            _tidy(store, info, retention)
+            tidy(store, info, retention)
         info = agree(info, process_group)
     assert info is not None
     return info
 
 
-def copy_checkpoint(checkpoint: Checkpoint, store: StepStore) -> CheckpointInfo:
+def copy_checkpoint(checkpoint: Checkpoint, store: StepStore, *, sequence_after: int = 0) -> CheckpointInfo:
     """Copy a checkpoint to another store of the same run, with its place in the order of saves.
+
+    Args:
+        checkpoint: what is copied.
+        store: where to.
+        sequence_after: count it after the save of that number at least.
 
     Raises:
         CheckpointError: a file of it is damaged; nothing appears in `store` then.
@@ -177,13 +182,31 @@ def copy_checkpoint(checkpoint: Checkpoint, store: StepStore) -> CheckpointInfo:
                 if target.entry() != dict(expected):
                     raise CheckpointError(f"{info.uri}: {name} differs from its manifest and was not copied")
                 files[draft.prefix + name] = target.entry()
-            raw = _manifest(files, draft.prefix, info.step, info.sequence, info.score, info.is_permanent)
+            sequence = max(info.sequence, sequence_after + 1)
+            raw = _manifest(files, draft.prefix, info.step, sequence, info.score, info.is_permanent)
             draft.commit(raw)
-        except BaseException:
-            draft.abandon()
+        except BaseException as error:
+            # As in a save: nobody waits for the same store twice.
+            if not isinstance(error, StorageUnavailableError):
+                draft.abandon()
             raise
         store.point_latest(f"step-{info.step}")
     return checkpoint_info(store, f"step-{info.step}", raw, parse_manifest(raw))
+
+
+def tidy(store: StepStore, info: CheckpointInfo, retention: Retention) -> None:
+    """After a commit: name the newest (`info`), remove leftovers, delete what need not stay.
+
+    Called by the one writer. What goes wrong here is only told: the checkpoint is saved, and the next save
+    tries again.
+    """
+    try:
+        store.point_latest(info.name)
+        store.clean()
+        if retention.keep_last is not None:
+            _delete_old(store, retention, retention.keep_last)
+    except (OSError, StorageError, CheckpointError) as error:
+        logger.warning("%s is saved, but what need not stay could not be deleted: %s", info.uri, error)
 
 
 def list_checkpoints(store: StepStore) -> list[CheckpointInfo]:
@@ -270,20 +293,6 @@ def _write_json(draft: StepDraft, name: str, content: Mapping[str, Any], files: 
     with create_hashed(draft, name) as writer:
         writer.write(raw)
     files[draft.prefix + name] = writer.entry()
-
-
-def _tidy(store: StepStore, info: CheckpointInfo, retention: Retention) -> None:
-    """After a commit: name the newest, remove leftovers, delete what need not stay.
-
-    What goes wrong here is only told: the checkpoint is saved, and the next save tries again.
-    """
-    try:
-        store.point_latest(info.name)
-        store.clean()
-        if retention.keep_last is not None:
-            _delete_old(store, retention, retention.keep_last)
-    except (OSError, StorageError, CheckpointError) as error:
-        logger.warning("%s is saved, but what need not stay could not be deleted: %s", info.uri, error)
 
 
 def _delete_old(store: StepStore, retention: Retention, keep_last: int) -> None:

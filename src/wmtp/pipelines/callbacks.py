@@ -28,7 +28,8 @@ from wmtp.components.trainer.callbacks.metrics import measure_peak_flops
 from wmtp.distributed.checkpoint import Retention
 from wmtp.distributed.checkpoint_reading import CheckpointInfo
 from wmtp.distributed.checkpoint_saver import CheckpointSaver
-from wmtp.distributed.checkpoint_store import StepStore
+from wmtp.distributed.checkpoint_store import LATEST_NAME, StepStore
+from wmtp.exceptions import StorageError
 from wmtp.modeling import LateParameters, flops_per_token
 from wmtp.pipelines.critic import Critic, critic_measurement
 from wmtp.pipelines.data import PreparedData
@@ -36,7 +37,10 @@ from wmtp.pipelines.environment import Environment, RunPaths
 from wmtp.pipelines.remote_output import RemoteOutput
 from wmtp.pipelines.resume import describe_run
 from wmtp.settings import Config, Recipe
+from wmtp.storage import S3Manager
 from wmtp.tracking import CompositeTracker, Tracker
+
+_ANSWER_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +72,21 @@ def build_saver(
         Retention(train.keep_last, train.keep_best, train.best_mode, train.permanent_every_steps),
         is_async=train.async_checkpoints,
         fallback=open_fallback_store(config, paths.run_uri),
+        is_reachable=lambda: _is_reachable(config, store.uri(LATEST_NAME)),
     )
     saver.latest = None if resumed is None else resumed.checkpoint.info
     return saver
+
+
+def _is_reachable(config: Config, uri: str) -> bool:
+    """Whether S3, which was away, answers within seconds; training waits for it."""
+    # A client of its own, which takes credentials anew where these come from the environment.
+    manager = S3Manager(config.s3.model_copy(update={"deadline_s": _ANSWER_S}))
+    try:
+        manager.stat(uri)
+    except StorageError:
+        return False
+    return True
 
 
 def _record_checkpoint(tracker: CompositeTracker, info: CheckpointInfo) -> None:
@@ -126,7 +142,7 @@ def build_callbacks(
         run_state={"mlflow_run_id": tracker.run_id, **describe_run(config, recipe, environment)},
         score=lambda step: None if validation is None else validation.measured(step, train.best_metric),
         # First, so that no checkpoint is where the metrics of its steps are not.
-        on_saving=lambda: remote.try_upload(paths.metrics_file),
+        on_saving=lambda: remote.upload(paths.metrics_file),
         on_saved=lambda info: _record_checkpoint(tracker, info),
     )
     # With checkpoints on S3 a file cannot be touched beside them.

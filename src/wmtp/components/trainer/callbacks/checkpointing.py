@@ -37,8 +37,9 @@ class CheckpointCallback(Callback):
         run_state: JSON that goes into every checkpoint beside the loop's own (MLflow run id, recipe, ...).
         score: step -> the metric that the best checkpoints are chosen by; None where it was not measured
             there.
-        on_saving: called before each save: what a resumed run needs beside the checkpoint is where that is.
-        on_saved: called with each committed checkpoint, between steps.
+        on_saving: called as a part of each save, see `SaveRequest.before`.
+        on_saved: called between steps with each checkpoint that was committed, and again with one that was
+            brought from the fallback to its place.
     """
 
     def __init__(
@@ -58,7 +59,6 @@ class CheckpointCallback(Callback):
         self.on_saving = on_saving
         self.on_saved = on_saved
         self._saved_step = -1
-        self._reported: CheckpointInfo | None = None
 
     @property
     def latest(self) -> str | None:
@@ -66,10 +66,11 @@ class CheckpointCallback(Callback):
         return None if self.saver.latest is None else self.saver.latest.uri
 
     def on_train_start(self, run: TrainingRun) -> None:
-        """A resumed run's own checkpoint needs no second save."""
-        self._reported = self.saver.latest
-        if run.context.state is not None:
+        """A resumed run's own checkpoint needs no second save; one in the fallback goes to its place."""
+        if self.saver.latest is not None:
             self._saved_step = run.step
+        self.saver.bring_back(self.on_saving)
+        self._report()
 
     def on_step_start(self, run: TrainingRun) -> None:
         """Raise what a save that went on beside the last step raised."""
@@ -84,14 +85,16 @@ class CheckpointCallback(Callback):
         self._report()
 
     def on_train_end(self, run: TrainingRun) -> None:
-        """Save the end of the run, and wait until it is saved."""
+        """Save the end of the run, wait until it is saved, and leave nothing in the fallback if possible."""
         self._save(run)
         self.saver.wait()
+        self.saver.bring_back(self.on_saving)
         self._report()
 
     def close(self) -> None:
         """Wait for a save under way."""
         self.saver.close()
+        self._report()
 
     def _save(self, run: TrainingRun) -> None:
         if self._saved_step == run.step:
@@ -118,14 +121,12 @@ class CheckpointCallback(Callback):
             # With LoRA the frozen tensors are left out: this says whose they are.
             "base": None if context.model.lora is None else context.model.lora.base,
         }
-        self.on_saving()
-        self.saver.save(SaveRequest(run.step, tensors, state, self.score(run.step)))
+        self.saver.save(SaveRequest(run.step, tensors, state, self.score(run.step), self.on_saving))
         self._saved_step = run.step
 
     def _report(self) -> None:
-        if self.saver.latest is not None and self.saver.latest != self._reported:
-            self._reported = self.saver.latest
-            self.on_saved(self._reported)
+        for info in self.saver.take_committed():
+            self.on_saved(info)
 
 
 def restore_training_state(context: TrainerContext, loaded: LoadedCheckpoint) -> None:
