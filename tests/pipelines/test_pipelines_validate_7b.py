@@ -8,7 +8,6 @@ import re
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +132,10 @@ def test_rho1_of_7b_is_validated_in_seconds_and_without_its_memory(tmp_path: Pat
         "import resource, sys\n"
         "from wmtp.cli.app import main\n"
         "try:\n    main(sys.argv[1:])\n"
-        "finally:\n    print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
+        "finally:\n"
+        "    used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "    print('used', used.ru_maxrss, used.ru_utime + used.ru_stime, file=sys.stderr)\n"
     )
-    began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments],
         capture_output=True,
@@ -143,11 +143,11 @@ def test_rho1_of_7b_is_validated_in_seconds_and_without_its_memory(tmp_path: Pat
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
-    seconds = time.perf_counter() - began
     assert done.returncode == 0, done.stderr
-    peak = int(done.stderr.split("peak ")[-1]) * (1 if sys.platform == "darwin" else 1024)
-    assert peak < 1.5 * 2**30
-    assert seconds < 60, "well under 20 s on an idle machine"
+    peak, seconds = done.stderr.split("used ")[-1].split()
+    assert int(peak) * (1 if sys.platform == "darwin" else 1024) < 1.5 * 2**30
+    # Of the processor's time: the machine may be busy with other tests.
+    assert float(seconds) < 60
     found = _findings(done.stdout)
     assert found["base model"].endswith("base (from model.base_id)")
     assert (
