@@ -37,6 +37,7 @@ SECRET = "hunter2hunter2"
         f"hf_token: {SECRET}",
         f"mlflow: {{password: {SECRET}}}",
         f"devices: {{num_threads: 'https://user:{SECRET}@host'}}",
+        f"devices: {{num_threads: 'https://user:a@{SECRET}@host'}}",
         f"devices: {{num_threads: 'https://host/?X-Amz-Signature={SECRET}'}}",
     ],
 )

@@ -17,7 +17,8 @@ HIDDEN = "**********"
 _MAX_SHOWN = 80
 _SECRET_NAME = re.compile(r"keys?$|key_?id|secret|token$|passw|credential", re.IGNORECASE)
 _DEFAULT = re.compile(r":-[^}]*\}")
-_USER_INFO = re.compile(r"(?<=://)[^/@\s]*@")
+# Up to the last @ before the path: a password may have one that is not encoded.
+_USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
 _QUERY_SECRET = re.compile(
     r"([?&;][^=&;\s]*(?:key|secret|token|passw|sig|credential)[^=&;\s]*=)[^&;\s]+", re.IGNORECASE
 )
