@@ -10,6 +10,7 @@ ways:
 
 from __future__ import annotations
 
+import builtins
 import posix
 import sys
 
@@ -19,7 +20,7 @@ from wmtp.execution.wire import UncarriableError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import ModuleType
-    from typing import Any
+    from typing import Any, NoReturn
 
 PROGRAM_NAME = "program.py"
 EXIT_ERROR, EXIT_MEMORY, EXIT_ASSERTION = 1, 101, 102
@@ -31,6 +32,7 @@ def main(config: dict[str, Any]) -> None:
     _limit(config["limits"])
     posix.write(config["started_fd"], b"1")
     posix.close(config["started_fd"])
+    vars(builtins).update(exit=_exit, quit=_exit)
     source: str = config["source"]
     if config["mode"] == "script":
         _run_script(source)
@@ -43,6 +45,11 @@ def _limit(limits: list[tuple[str, int]]) -> None:
 
     for name, value in limits:
         resource.setrlimit(vars(resource)[name], (value, value))
+
+
+def _exit(code: object = None) -> NoReturn:
+    """`exit` and `quit`, which `site` would define; many programs for contests end with them."""
+    raise SystemExit(code)
 
 
 def _new_module(name: str) -> ModuleType:

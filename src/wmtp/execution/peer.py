@@ -31,7 +31,7 @@ _EXCEPTIONS: dict[str, type[BaseException]] = {
 }
 
 
-class ChannelClosedError(Exception):
+class ChannelClosedError(BaseException):  # not to be taken for an exception that a test expects
     """The other end is gone."""
 
 
@@ -47,8 +47,11 @@ class RemoteFunction(Proxy):
         self._peer = peer
         self.__name__ = self.__qualname__ = name
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - see the class
-        return self._peer.call(self.handle, args, kwargs)
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - see the class
+        try:
+            return self._peer.call(self.handle, args, kwargs)
+        except StopIteration as error:  # would end a `map` over the function as if there were no more values
+            raise RuntimeError("the function raised StopIteration") from error
 
     def __getattr__(self, name: str) -> Any:
         return self._peer.refuse_attribute("function", name)
@@ -84,12 +87,15 @@ class Peer:
 
     Attributes:
         refusal: why a value could not be carried, once that has happened; then no verdict is possible.
+        failure: what ended the channel, once that has happened. Tests can catch anything, so it is kept: after
+            an `except:` a program that ended itself would look like one that raised.
         remote_errors: the exceptions raised here that came from the other end, with the text sent along.
     """
 
     def __init__(self, read_fd: int, write_fd: int, describe: Callable[[BaseException], str] = repr) -> None:
         self.describe = describe
         self.refusal: str | None = None
+        self.failure: ChannelClosedError | GarbledMessageError | None = None
         self.remote_errors: list[tuple[BaseException, str]] = []
         self._read_fd = read_fd
         self._write_fd = write_fd
@@ -126,8 +132,18 @@ class Peer:
 
         Raises:
             Unverifiable: an argument or the result cannot be carried.
-            ChannelClosedError, GarbledMessageError: the other end ended, or does not keep to the protocol.
+            ChannelClosedError, GarbledMessageError: the other end ended, or does not keep to the protocol;
+                so does every further call.
         """
+        if self.failure is not None:
+            raise self.failure
+        try:
+            return self._call(handle, args, kwargs)
+        except (ChannelClosedError, GarbledMessageError) as error:
+            self.failure = self.failure or error
+            raise
+
+    def _call(self, handle: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         sent: list[Any] = []
         try:
             payload = self._encode((handle, args, tuple(kwargs.items())), sent, [])

@@ -27,7 +27,9 @@ from wmtp.execution.supervisor import read_frame, write_frame
 
 User = Literal["own", "mapped"]
 MIN_MEMORY_MIB = 64
+LANGUAGE = "python3"
 _MAX_IDLE = 16  # warm workers a process keeps
+_RUN_MARGIN_S = 5.0  # for starting and ending a run
 _MARGIN_S = 300.0  # beyond a program's own time limit, before a supervisor that does not answer is given up
 _START = "import sys; sys.path.insert(0, sys.argv.pop()); from wmtp.execution.supervisor import main; main()"
 
@@ -59,7 +61,8 @@ class _Worker:
             write_frame(self._stdin, asdict(job))
             ready = select.poll()
             ready.register(self._stdout, select.POLLIN)
-            if not ready.poll((4 * job.timeout_s + _MARGIN_S) * 1000):
+            num_runs = 4 if job.cases is None else len(job.cases)
+            if not ready.poll((num_runs * (job.timeout_s + _RUN_MARGIN_S) + _MARGIN_S) * 1000):
                 raise _WorkerLostError("the supervisor does not answer")
             answer = read_frame(self._stdout)
         except OSError as error:
@@ -214,6 +217,8 @@ def run_program(
     timeout_s: float = 10.0,
     memory_mib: int = 512,
     stop_at_failure: bool = True,
+    cases: Sequence[tuple[str, str]] | None = None,
+    language: str = "python3",
     unsafe: bool = False,
 ) -> ProgramResult:
     """Run one untrusted program in a sandbox and judge it. May be called from several threads.
@@ -224,15 +229,19 @@ def run_program(
             Without tests the program runs as a script and passed means only that it ended with exit status 0.
         setup: helpers for the tests, run before them on the trusted side.
         stdin: what the program can read.
-        timeout_s: wall-clock limit of the whole run, seconds.
+        timeout_s: wall-clock limit of the whole run, seconds; with cases, of the run of each.
         memory_mib: limit of the program's address space, MiB.
         stop_at_failure: end at the first failing assert; otherwise all are tried, which `asserts_passed` then
             counts.
+        cases: instead of tests, pairs of stdin and expected stdout (`outputs_match`); the program runs as a
+            script in a new sandbox for each, in order, and must also end with exit status 0.
+        language: of the program; only `python3` can be run.
         unsafe: where no sandbox works, go on with process limits alone instead of raising.
 
     Raises:
         SandboxUnavailableError: no sandbox works and `unsafe` is False.
-        UserInputError: a limit that makes no sense.
+        UserInputError: a limit that makes no sense, no cases, cases together with tests, setup or stdin, or
+            another language.
     """
     job = ProgramJob(
         source=source,
@@ -242,17 +251,32 @@ def run_program(
         timeout_s=timeout_s,
         memory_mib=memory_mib,
         stop_at_failure=stop_at_failure,
+        cases=cases,
+        language=language,
     )
     return _run(job, unsafe=unsafe)
 
 
-def _run(job: ProgramJob, *, unsafe: bool) -> ProgramResult:
+def _check(job: ProgramJob) -> None:
     if not (math.isfinite(job.timeout_s) and job.timeout_s > 0):
         raise UserInputError(f"timeout_s is {job.timeout_s}", remedy="give a positive number of seconds")
     if job.memory_mib < MIN_MEMORY_MIB:
         raise UserInputError(
             f"memory_mib is {job.memory_mib}", remedy=f"the interpreter alone needs {MIN_MEMORY_MIB} MiB"
         )
+    if job.language != LANGUAGE:
+        raise UserInputError(
+            f"a program in the language {job.language!r} cannot be run",
+            remedy=f"only {LANGUAGE} programs can; leave the others out",
+        )
+    if job.cases is not None and not job.cases:
+        raise UserInputError("cases is empty", remedy="give at least one pair of input and expected output")
+    if job.cases is not None and (job.tests is not None or job.setup or job.stdin):
+        raise UserInputError("cases and tests, setup or stdin", remedy="give either cases or the others")
+
+
+def _run(job: ProgramJob, *, unsafe: bool) -> ProgramResult:
+    _check(job)
     pool = _pool_for(unsafe=unsafe)
     try:
         return pool.run(job)

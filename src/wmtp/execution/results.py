@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +12,11 @@ Isolation = Literal["bubblewrap", "process-limits"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramJob:
-    """One program to run; the fields are the arguments of `run_program`."""
+    """One program to run; the fields are the arguments of `run_program`.
+
+    `cases` are pairs of what a program reads on stdin and what it must print: each is a run of its own, with
+    limits of its own.
+    """
 
     source: str
     tests: str | None = None
@@ -20,6 +25,8 @@ class ProgramJob:
     timeout_s: float = 10.0
     memory_mib: int = 512
     stop_at_failure: bool = True
+    cases: Sequence[tuple[str, str]] | None = None
+    language: str = "python3"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,17 +35,18 @@ class ProgramResult:
 
     Attributes:
         passed: True only for status `passed`.
-        status: `passed`; `failed` an assert did not hold; `error` the program or the tests raised, or the
+        status: `passed`; `failed` an assert did not hold, or the output is not the expected one; `error` the program or the tests raised, or the
             program ended before its tests did; `timeout`; `memory` it ran out of memory; `killed` it died of
             a signal; `unverified` the tests need objects of the program's own, ran inside the sandbox and
             claim to have passed there.
-        stdout: what the program printed, cut at a bound.
+        stdout: what the program printed, cut at a bound; of the last run where there are several.
         stderr: likewise.
-        wall_s: seconds from start to verdict.
+        wall_s: seconds from start to verdict, of all runs together.
         message: what went wrong, for people: the line of the tests, the program's traceback. Empty when
             passed.
-        asserts_passed: number of assert statements of the tests that were reached and always held.
-        asserts_total: number of assert statements in the tests.
+        asserts_passed: number of assert statements of the tests that were reached and always held; with
+            cases, the number of those that held.
+        asserts_total: number of assert statements in the tests, or of cases.
         isolation: what stood between the program and this machine.
     """
 

@@ -82,6 +82,13 @@ class Sandbox:
         self._codes: dict[str, Any] = {}
         self._filters: dict[bool, IO[bytes]] = {}
         if self.is_isolated:
+            # Devices are the only part of this machine that is not mounted read-only (bubblewrap cannot), so
+            # their owner could change their permissions: root, where it is mapped to nobody.
+            self._devices = [
+                path
+                for path in self._layout["devices"]
+                if self._user is not None or os.stat(path).st_uid != os.geteuid()
+            ]
             self._program = self._layout["bwrap"]
             self._mounts = self._mount_arguments()
         else:
@@ -166,9 +173,7 @@ class Sandbox:
             arguments += ["--unshare-user", "--uid", str(_INNER_USER), "--gid", str(_INNER_USER)]
         else:
             arguments += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-        places = [path for _, path in (*self._layout["binds"], *self._layout["links"])] + self._layout[
-            "devices"
-        ]
+        places = [path for _, path in (*self._layout["binds"], *self._layout["links"])] + self._devices
         for folder in sorted({str(parent) for place in places for parent in Path(place).parents} - {"/"}):
             arguments += ["--perms", "0755", "--dir", folder]  # else made on the way, closed to other users
         for source, place in self._layout["binds"]:
@@ -177,7 +182,7 @@ class Sandbox:
             arguments += ["--symlink", target, path]
         for path in self._layout["hidden"]:
             arguments += ["--size", "4096", "--tmpfs", path, "--remount-ro", path]
-        for path in self._layout["devices"]:
+        for path in self._devices:
             arguments += ["--dev-bind", path, path]
         arguments += ["--perms", "1777", "--size", str(TMP_MIB << 20), "--tmpfs", "/tmp"]
         return [*arguments, "--chdir", "/tmp", "--remount-ro", "/"]
@@ -212,6 +217,20 @@ class SandboxedProcess:
         self.process = process
         self._info_fd = info_fd
         self._folder = folder
+        self._inner: int | None = None
+
+    def num_files(self) -> int | None:
+        """Number of files and folders in the /tmp of a sandbox that stands; None where it cannot be known.
+
+        Its size is bounded in bytes only, by bubblewrap; empty files cost the kernel memory all the same.
+        """
+        if self._folder is not None or (inner := self._first_process()) is None:
+            return None
+        try:
+            place = os.statvfs(f"/proc/{inner}/root/tmp")
+        except OSError:  # it has ended, or there is no /proc
+            return None
+        return place.f_files - place.f_ffree
 
     def close(self) -> None:
         """Kill everything in the sandbox and wait until it is gone."""
@@ -237,11 +256,10 @@ class SandboxedProcess:
             self.process.wait()
 
     def _first_process(self) -> int | None:
-        if not select.select([self._info_fd], [], [], 0)[0]:
-            return None
-        # One JSON object, written before the interpreter starts. Nothing after it would come from bubblewrap.
-        text = os.read(self._info_fd, 4096).decode("ascii", "replace")
-        try:
-            return int(json.JSONDecoder().raw_decode(text)[0]["child-pid"])
-        except (ValueError, KeyError):
-            return None  # bubblewrap ended before it had told, or there is none
+        if self._inner is None and select.select([self._info_fd], [], [], 0)[0]:
+            # One JSON object, written before the interpreter starts. Nothing after it comes from bubblewrap.
+            text = os.read(self._info_fd, 4096).decode("ascii", "replace")
+            # Where bubblewrap ended before it had told, or there is none, nothing can be read.
+            with contextlib.suppress(ValueError, KeyError):
+                self._inner = int(json.JSONDecoder().raw_decode(text)[0]["child-pid"])
+        return self._inner

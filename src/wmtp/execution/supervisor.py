@@ -23,12 +23,14 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from wmtp.execution.outputs import outputs_match
 from wmtp.execution.sandbox import Sandbox, anonymous_file
 from wmtp.execution.watcher import Candidate, InfrastructureError, last_line
 
 _GRACE_S = 0.5  # for a candidate to flush its output once the verdict is there
 _TESTER_START_S = 60.0
-_TESTER_MEMORY_MIB = 2048
+_TESTER_MEMORY_MIB = 1024
+_SHOWN_CHARS = 200  # of an output in a message
 _SET_CHILD_SUBREAPER = 36  # prctl(2)
 _RESULT_WITHOUT_VERDICT = {
     "status": "error",
@@ -99,7 +101,9 @@ class _Worker:
         """Run one job and give its result as a frame."""
         start = time.monotonic()
         result: dict[str, Any]
-        if job["tests"] is None:
+        if job["cases"] is not None:
+            result = self._run_cases(job)
+        elif job["tests"] is None:
             result = self._run_script(job, job["source"])
         else:
             # A tester can be killed from outside as well as by the tests, hence two attempts.
@@ -117,6 +121,25 @@ class _Worker:
         finally:
             self._end(candidate)
         return candidate.result(*candidate.judge(outcome))
+
+    def _run_cases(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Run the program once a case, each time in a new sandbox, and compare here what it printed."""
+        cases = job["cases"]
+        num_passed = 0
+        first_failure: dict[str, Any] = {}
+        for number, (stdin, expected) in enumerate(cases, 1):
+            result = self._run_script(job | {"stdin": stdin}, job["source"])
+            if result["status"] == "passed" and not outputs_match(result["stdout"], expected):
+                result["status"] = "failed"
+                result["message"] = f"expected {_shortened(expected)}, printed {_shortened(result['stdout'])}"
+            if result["status"] == "passed":
+                num_passed += 1
+                continue
+            result["message"] = f"case {number} of {len(cases)}: {result['message']}"
+            first_failure = first_failure or result
+            if job["stop_at_failure"]:
+                break
+        return (first_failure or result) | {"asserts_passed": num_passed, "asserts_total": len(cases)}
 
     def _run_inside(self, job: dict[str, Any], outside: dict[str, Any]) -> dict[str, Any]:
         """Run program and tests together: what fails there has failed, what passes is only a claim."""
@@ -230,6 +253,10 @@ class _Tester:
         """End the process and what it forked."""
         self._control.close()
         self._process.close()
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}...")
 
 
 def _kill_stray_children(spared: set[int]) -> None:

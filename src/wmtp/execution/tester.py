@@ -86,7 +86,7 @@ def run_tests(job: dict[str, Any], peer: Peer) -> dict[str, Any]:
     try:
         plan = _Plan(job["setup"], job["tests"], recorder)
     except (SyntaxError, ValueError) as error:
-        return recorder.verdict("error", f"the tests cannot be compiled: {error}")
+        return recorder.verdict("error", f"the tests cannot be used: {error}")
     try:
         namespace = plan.bind(peer)
         exec(plan.setup_code, namespace)
@@ -94,7 +94,9 @@ def run_tests(job: dict[str, Any], peer: Peer) -> dict[str, Any]:
         status, message = recorder.first_failure or ("passed", "")
     except BaseException as error:
         status, message = recorder.classify(error, peer)
-    if peer.refusal is not None:
+    if peer.failure is not None:  # also where the tests caught it
+        status, message = recorder.classify(peer.failure, peer)
+    elif peer.refusal is not None:
         status, message = "unverified", peer.refusal
     with contextlib.suppress(ChannelClosedError):
         peer.send(QUIT)
@@ -120,8 +122,6 @@ class _Recorder:
     def failed(self, number: int, error: Exception) -> None:
         """Called instead of raising where the run goes on after a failure."""
         self._failed.add(number)
-        if isinstance(error, (ChannelClosedError, GarbledMessageError)):
-            raise error
         assert self.peer is not None
         if self.first_failure is None:
             self.first_failure = self.classify(error, self.peer)
@@ -140,8 +140,8 @@ class _Recorder:
                 status = "memory" if isinstance(error, MemoryError) else "error"
                 return status, f"{place}{text.strip()}"
         if isinstance(error, AssertionError):
-            return "failed", f"{place}{error}"
-        return "error", f"{place}{type(error).__name__}: {error}"
+            return "failed", f"{place}{_text(error)}"
+        return "error", f"{place}{type(error).__name__}: {_text(error)}"
 
     def _place(self, error: BaseException) -> str:
         line = None
@@ -160,6 +160,14 @@ class _Recorder:
             "asserts_passed": len(self._passed - self._failed),
             "asserts_total": self.num_asserts,
         }
+
+
+def _text(error: BaseException) -> str:
+    """An exception's own text, where it has one: values too long or too deep to be shown have none."""
+    try:
+        return str(error)
+    except Exception as reason:
+        return f"(no text: {type(reason).__name__})"
 
 
 class _Plan:
@@ -190,7 +198,8 @@ class _Plan:
             if kind == "value":
                 namespace[name] = value
             elif kind == "module" and value in sys.stdlib_module_names:
-                namespace[name] = __import__(value)
+                # A program cannot pass off another module as the one that the tests name.
+                namespace[name] = __import__(name if name in sys.stdlib_module_names else value)
             else:
                 peer.refusal = peer.refusal or f"{name} is {value}"
         if peer.refusal is not None:
@@ -241,6 +250,9 @@ def candidate_names(setup: str, tests: str) -> list[str]:
     """Global names that setup and tests use without defining them: these are the program's.
 
     Builtins are not, unless there is no other name (see the module's docstring).
+
+    Raises:
+        ValueError: the tests name nothing but several builtins, so that any of them could be meant.
     """
     used: set[str] = set()
     defined: set[str] = set()
@@ -248,9 +260,12 @@ def candidate_names(setup: str, tests: str) -> list[str]:
         _collect(symtable.symtable(source, name, "exec"), used, defined)
     builtin_names = set(dir(builtins))
     free = used - defined - {"__name__", "__file__", "__doc__"}
-    return sorted(free - builtin_names) or sorted(
-        name for name in free & builtin_names if not isinstance(vars(builtins)[name], type)
-    )
+    if free - builtin_names:
+        return sorted(free - builtin_names)
+    meant = sorted(name for name in free & builtin_names if not isinstance(vars(builtins)[name], type))
+    if len(meant) > 1:
+        raise ValueError(f"they name nothing of the program but builtins: {', '.join(meant)}")
+    return meant
 
 
 def _collect(table: symtable.SymbolTable, used: set[str], defined: set[str]) -> None:

@@ -20,8 +20,10 @@ _DRAIN_S = 1.0  # to read what is left in the pipes of a dead program
 _NUM_PROCESSES = 64
 _NUM_OPEN_FILES = 64
 _FILE_BYTES = 16 << 20
+_NUM_FILES = 10_000  # in /tmp
+_COUNT_FILES_S = 0.1  # between two looks; a program can make some thousand files meanwhile
 
-Outcome = Literal["verdict", "exited", "timeout", "flood", "orphaned"]
+Outcome = Literal["verdict", "exited", "timeout", "flood", "files", "orphaned"]
 
 
 class InfrastructureError(Exception):
@@ -105,7 +107,7 @@ class Candidate:
             remaining_s = deadline - time.monotonic()
             if remaining_s <= 0:
                 return "timeout"
-            for descriptor, _ in self._poll.poll(max(1.0, remaining_s * 1000)):
+            for descriptor, _ in self._poll.poll(max(1.0, min(remaining_s, _COUNT_FILES_S) * 1000)):
                 if descriptor == 0:
                     return "orphaned"
                 if descriptor == self._wake_fd:
@@ -122,6 +124,8 @@ class Candidate:
                     self._collect(descriptor)
             if max(len(self._stdout), len(self._stderr)) > MAX_OUTPUT_BYTES:
                 return "flood"
+            if stood and (self._process.num_files() or 0) > _NUM_FILES:
+                return "files"
             if not stood and self._started:
                 stood = True
                 deadline = time.monotonic() + limit_s
@@ -159,6 +163,8 @@ class Candidate:
             return "timeout", "the time limit was reached"
         if outcome == "flood":
             return "killed", f"more than {MAX_OUTPUT_BYTES >> 20} MiB of output"
+        if outcome == "files":
+            return "killed", f"more than {_NUM_FILES} files"
         code = self._process.process.returncode
         last_words = self._stderr[-2000:].decode("utf-8", "replace").strip()
         if code == 0:
