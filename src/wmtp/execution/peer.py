@@ -35,6 +35,10 @@ class ChannelClosedError(BaseException):  # not to be taken for an exception tha
     """The other end is gone."""
 
 
+class ProgramEndedError(BaseException):
+    """The program asked for its own end: what tests that catch everything must not take for an exception."""
+
+
 class Unverifiable(BaseException):  # tests must not catch it with `except Exception`
     """The tests need an object that cannot cross, so nothing can be said from outside the sandbox."""
 
@@ -95,7 +99,7 @@ class Peer:
     def __init__(self, read_fd: int, write_fd: int, describe: Callable[[BaseException], str] = repr) -> None:
         self.describe = describe
         self.refusal: str | None = None
-        self.failure: ChannelClosedError | GarbledMessageError | None = None
+        self.failure: ChannelClosedError | GarbledMessageError | ProgramEndedError | None = None
         self.remote_errors: list[tuple[BaseException, str]] = []
         self._read_fd = read_fd
         self._write_fd = write_fd
@@ -132,14 +136,14 @@ class Peer:
 
         Raises:
             Unverifiable: an argument or the result cannot be carried.
-            ChannelClosedError, GarbledMessageError: the other end ended, or does not keep to the protocol;
-                so does every further call.
+            ChannelClosedError, ProgramEndedError, GarbledMessageError: the other end is gone, wants to end, or
+                does not keep to the protocol; so does every further call.
         """
         if self.failure is not None:
             raise self.failure
         try:
             return self._call(handle, args, kwargs)
-        except (ChannelClosedError, GarbledMessageError) as error:
+        except (ChannelClosedError, ProgramEndedError, GarbledMessageError) as error:
             self.failure = self.failure or error
             raise
 
@@ -174,7 +178,7 @@ class Peer:
             raise GarbledMessageError(f"not a call: {error}") from error
         try:
             result = next(function) if is_iterator else function(*args, **keywords)
-        except (ChannelClosedError, GarbledMessageError):
+        except (ChannelClosedError, ProgramEndedError, GarbledMessageError):
             raise
         except Unverifiable as reason:
             self.send(REFUSE, str(reason).encode("utf-8", "replace"))
@@ -251,6 +255,8 @@ class Peer:
         if type(sent) is not tuple or [type(part) for part in sent] != [str, tuple, str]:
             raise GarbledMessageError("an exception is malformed")
         name, args, text = sent
+        if not issubclass(_EXCEPTIONS.get(name, Exception), Exception):  # SystemExit and its like
+            raise ProgramEndedError(text)
         try:
             error = _EXCEPTIONS.get(name, Exception)(*args)
         except Exception:  # some classes want arguments of a certain form

@@ -2,7 +2,7 @@
 
 Namespaces already hide files, processes and the network; the filter takes away what they leave open: new
 processes (so that the memory limit of one process is the limit of all), memory that no limit counts (memfd,
-System V), sockets of families that network namespaces do not cover (vsock), and kernel interfaces with a
+System V, large socket buffers), sockets of families that network namespaces do not cover (vsock), and kernel interfaces with a
 history of escapes. A refused call gives EPERM, so programs see an ordinary `PermissionError`.
 
 Numbers from the kernel's `unistd` tables; the format from `linux/filter.h` and `linux/seccomp.h`.
@@ -62,6 +62,7 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "msgget": (68, 186),
     "semget": (64, 190),
     "mq_open": (240, 180),
+    "setsockopt": (54, 208),  # of local sockets, whose buffers would grow to megabytes each
     "kexec_load": (246, 104),
     "kexec_file_load": (320, 294),
     "init_module": (175, 105),

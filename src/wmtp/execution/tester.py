@@ -29,7 +29,7 @@ import symtable
 import sys
 from typing import Any
 
-from wmtp.execution.peer import LOAD, QUIT, ChannelClosedError, Peer, Unverifiable
+from wmtp.execution.peer import LOAD, QUIT, ChannelClosedError, Peer, ProgramEndedError, Unverifiable
 from wmtp.execution.wire import GarbledMessageError
 
 TESTS_NAME = "tests"
@@ -135,6 +135,8 @@ class _Recorder:
         if isinstance(error, Unverifiable):
             return "unverified", str(error)
         place = self._place(error)
+        if isinstance(error, ProgramEndedError):
+            return "error", f"{place}{_text(error).strip()}"
         for known, text in peer.remote_errors:
             if known is error:
                 status = "memory" if isinstance(error, MemoryError) else "error"
