@@ -34,15 +34,22 @@ link = tempfile.mkdtemp() + '/link'
 os.symlink({folder!r}, link)
 print(open(link + '/secret.txt').read())
 """,
-    "file by way of the root": "print(open('/' + '../' * 20 + {folder!r}[1:] + '/secret.txt').read())",
-    "file through the root of this process": "print(open('/proc/self/root' + {folder!r} + '/secret.txt').read())",
-    "file through the root of another": "print(open('/proc/{pid}/root' + {folder!r} + '/secret.txt').read())",
+    "file by way of the root": "print(open('/' + '../' * 9 + {folder!r}[1:] + '/secret.txt').read())",
+    "file through the root of this process": """
+print(open('/proc/self/root' + {folder!r} + '/secret.txt').read())
+""",
+    "file through the root of another": """
+print(open('/proc/{pid}/root' + {folder!r} + '/secret.txt').read())
+""",
     "file in the working folder of another": "print(open('/proc/{pid}/cwd/secret.txt').read())",
     "file with another program": """
 import subprocess
 print(subprocess.run(['/bin/cat', {folder!r} + '/secret.txt'], capture_output=True).stdout)
 """,
-    "file by becoming another program": "import os\nos.execv('/bin/cat', ['cat', {folder!r} + '/secret.txt'])",
+    "file by becoming another program": """
+import os
+os.execv('/bin/cat', ['cat', {folder!r} + '/secret.txt'])
+""",
     "module of the folder": "import sys\nsys.path.insert(0, {folder!r})\nimport planted_module",
     "home": "import os\nprint(open(os.path.expanduser('~') + '/secret.txt').read())",
     "shared memory": "print(open({shared!r}).read())",
@@ -134,12 +141,12 @@ print('done')
 import ctypes
 if ctypes.CDLL(None).syscall(*{tgkill}, {pid}, {pid}, {signal}) == 0: print('done')
 """,
-    "priority": "import os\nos.setpriority(os.PRIO_PROCESS, {pid}, 1)\nprint('done')",
+    "priority": "import os\nos.setpriority(os.PRIO_PROCESS, {pid}, 19)\nprint('done')",
     "processors": "import os\nos.sched_setaffinity({pid}, os.sched_getaffinity({pid}))\nprint('done')",
     "limits": "import resource\nresource.prlimit({pid}, resource.RLIMIT_CORE, (0, 0))\nprint('done')",
 }
 
-# Never run outside the sandbox. What each prints at the end is what it could get: at most the number beside it.
+# Never run outside the sandbox. What each prints is what it could get: at most the number beside it.
 EXHAUSTERS: dict[str, tuple[int, str]] = {
     "memory at once": (0, "x = bytearray(2 << 30)\nprint(len(x) >> 20)"),
     "memory in blocks": (

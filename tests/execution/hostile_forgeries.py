@@ -9,7 +9,7 @@ from __future__ import annotations
 TESTS = "assert solve(3) == 4\nassert solve([1, 2]) == [2, 3]\nassert not solve(None)"
 HONEST = "def solve(x): return x + 1 if x == 3 else [i + 1 for i in x] if x else None"
 
-# Expects an exception, in the careless way that published tests do: any exception, and the end of the program.
+# Expects an exception, in the careless way of published tests: any exception, and the end of the program.
 SWALLOWING = """
 try:
     solve('x')
@@ -20,14 +20,14 @@ else:
 """
 HONEST_RAISER = "def solve(x): raise ValueError(x)"
 
-# The end of the channel that the program has, with the encoder: what a program can find by walking the frames.
+# The program's end of the channel, with the encoder: what a program can find by walking the frames.
 PEER = """
 import sys
 frame = sys._getframe()
 while 'peer' not in frame.f_locals: frame = frame.f_back
 peer = frame.f_locals['peer']
 wire = sys.modules['wmtp.execution.wire']
-known = [None]  # of the call that is being answered the tester knows one container: the list of names it asks for
+known = [None]  # the tester knows one container of the call that is answered: the list of names it asks for
 def send(kind, value): peer.send(kind, wire.encode(peer, value, known[:], []))
 """
 EQUAL = """

@@ -51,7 +51,10 @@ def run_all(pool: _Pool, jobs: Sequence[ProgramJob]) -> list[ProgramResult]:
 
 def check_forgeries(pool: _Pool) -> list[str]:
     """Programs that passed, of those that must not."""
-    named = [(name, ProgramJob(source=source, tests=TESTS, timeout_s=LIMIT_S)) for name, source in FORGERIES.items()]
+    named = [
+        (name, ProgramJob(source=source, tests=TESTS, timeout_s=LIMIT_S))
+        for name, source in FORGERIES.items()
+    ]
     named += [
         (f"{name}, caught", ProgramJob(source=source, tests=SWALLOWING, timeout_s=LIMIT_S))
         for name, source in ENDINGS.items()
@@ -156,7 +159,9 @@ def check_readers(pool: _Pool) -> list[str]:
     with planted() as places:
         sources = {name: source.format(**places) for name, source in READERS.items()}
         with ThreadPoolExecutor(NUM_THREADS) as threads:
-            found = list(threads.map(lambda source: run_outside(source, places["descriptor"]), sources.values()))
+            found = list(
+                threads.map(lambda source: run_outside(source, places["descriptor"]), sources.values())
+            )
         problems = [
             f"{name}: the control did not find the secret"
             for name, text in zip(sources, found, strict=True)
@@ -165,7 +170,10 @@ def check_readers(pool: _Pool) -> list[str]:
         results = run_all(pool, [ProgramJob(source=source, timeout_s=10.0) for source in sources.values()])
         tested = run_all(
             pool,
-            [ProgramJob(source=s + "\ndef solve(x): return 0", tests=TESTS, timeout_s=10.0) for s in sources.values()],
+            [
+                ProgramJob(source=s + "\ndef solve(x): return 0", tests=TESTS, timeout_s=10.0)
+                for s in sources.values()
+            ],
         )
     return problems + [
         f"{name}: {brief(result)}"
@@ -206,7 +214,9 @@ def check_exhausters(pool: _Pool) -> list[str]:
         numbers = [int(word) for word in result.stdout.split() if word.isdigit()]
         size = (len(result.stdout) + len(result.stderr)) >> 20
         if result.passed or max([size, *numbers]) > most or result.wall_s > LIMIT_S + SLACK_S:
-            problems.append(f"{name}: {result.status} after {result.wall_s:.1f} s, {numbers[-3:]}, {size} MiB shown")
+            problems.append(
+                f"{name}: {result.status} after {result.wall_s:.1f} s, {numbers[-3:]}, {size} MiB shown"
+            )
     return problems
 
 

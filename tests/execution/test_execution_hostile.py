@@ -59,7 +59,7 @@ def test_hostile_programs_get_nothing_from_a_mapped_user(group: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("user", USERS)
 def test_the_namespaces_alone_hide_all_and_end_all(user: User) -> None:
-    """Without the filter of system calls, as on a kernel or architecture that has none; here processes fork."""
+    """Without the filter of system calls, as on an architecture that has none; here processes fork."""
     pool = _Pool("bubblewrap", user=user, has_filter=False)
     assert check_readers(pool) == []
     assert check_lingerers(pool) == []
@@ -98,7 +98,7 @@ def test_a_module_cannot_be_passed_off_as_another() -> None:
 
 
 def test_tests_that_name_only_builtins_must_leave_no_choice() -> None:
-    """One builtin can only mean the program's function; of two, any could be meant, also the one that judges."""
+    """One builtin can only mean the program's function; of two, one could be what judges."""
     assert run_program("def sum(a, b): return a * b", tests="assert sum(2, 3) == 6").passed
     source = "def sum(a, b): return 0\ndef abs(x): return 6"
     result = run_program(source, tests="assert abs(sum(2, 3)) == 6")
@@ -113,7 +113,8 @@ def test_a_function_that_stops_an_iteration_does_not_cut_the_tests_short() -> No
 
 
 @pytest.mark.parametrize(
-    "returned", ["10 ** 5000", "float('nan')", "'\\ud800'", "[[]] * 100_000", "b'\\0' * (8 << 20)", "lambda: 1"]
+    "returned",
+    ["10 ** 5000", "float('nan')", "'\\ud800'", "[[]] * 100_000", "b'\\0' * (8 << 20)", "lambda: 1"],
 )
 def test_values_that_are_hard_to_show_get_an_ordinary_verdict(returned: str) -> None:
     result = run_program(f"def f(): return {returned}", tests="assert f() == 4, f()")

@@ -150,6 +150,37 @@ def test_an_ordinary_user_can_run_programs() -> None:
     assert outcome.stdout == "done\n", outcome.stderr
 
 
+FAKE = """#!/bin/sh
+while [ "$1" != "--" ]; do shift; done
+shift 2
+exec {python} "$@"
+"""
+WITH_FAKE = """
+import sys
+from pathlib import Path
+from wmtp.exceptions import SandboxUnavailableError
+from wmtp.execution import check_sandbox, layout, run_program
+layout.find_bubblewrap = lambda: Path(sys.argv[1])
+status = check_sandbox()
+assert (status.available, status.kind, status.user) == (False, "none", "none"), status
+assert "does not isolate" in status.reason, status
+assert "--unsafe-execution" in status.remedy, status
+try:
+    run_program("print(1)")
+except SandboxUnavailableError:
+    print("refused")
+"""
+
+
+def test_a_bubblewrap_that_lets_everything_through_is_refused(tmp_path: Path) -> None:
+    fake = tmp_path / "bwrap"
+    fake.write_text(FAKE.format(python=sys.executable))
+    fake.chmod(0o755)
+    command = [sys.executable, "-c", WITH_FAKE, str(fake)]
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert outcome.stdout == "refused\n", outcome.stderr
+
+
 def test_an_unsafe_run_still_uses_the_sandbox_where_it_works() -> None:
     assert run_program(ADD, tests="assert add(1, 1) == 2", unsafe=True).isolation == "bubblewrap"
 
@@ -171,3 +202,26 @@ def test_an_interrupted_wait_gives_the_worker_up() -> None:
     assert pool._idle == []
     assert pool.run(job(2)).passed
     pool.close()
+
+
+BATCH = """
+from wmtp.execution import ProgramJob, run_programs
+jobs = [ProgramJob(source="def f(): return 1", tests=f"assert f() == {n}") for n in (1, 2, 1)]
+assert [result.passed for result in run_programs(jobs, progress="some programs")] == [True, False, True]
+"""
+
+
+def test_progress_is_drawn_in_a_terminal_and_nowhere_else() -> None:
+    command = [sys.executable, "-c", BATCH]
+    quiet = subprocess.run(command, capture_output=True, timeout=120)
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, b"", b"")
+    ours, theirs = os.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    drawn = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, env=environment, timeout=120)
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16)
+    os.close(ours)
+    assert (drawn.returncode, drawn.stdout) == (0, b"")
+    assert b"some programs" in shown
+    assert b"3/3" in shown
+    assert b"2 passed" in shown

@@ -42,6 +42,7 @@ values = st.recursive(
         | st.lists(inner, max_size=3).map(tuple)
         | st.dictionaries(hashables, inner, max_size=3)
         | st.sets(hashables, max_size=3)
+        | st.dictionaries(hashables, inner, max_size=3).map(dict.values)
         | st.binary(max_size=5).map(bytearray)
         | st.lists(inner, max_size=3).map(collections.deque)
         | st.dictionaries(hashables, inner, max_size=3).map(collections.OrderedDict)
@@ -62,6 +63,8 @@ def carried(value: Any) -> Any:
 def exact(value: Any) -> Any:
     """A form in which equal means: same types all through, same content, NaN and signed zeros included."""
     if isinstance(value, (list, tuple, collections.deque)):
+        return type(value), [exact(item) for item in value]
+    if isinstance(value, type({}.values())):
         return type(value), [exact(item) for item in value]
     if isinstance(value, dict):
         return type(value), [(exact(key), exact(item)) for key, item in value.items()]
@@ -91,6 +94,17 @@ def test_sharing_and_cycles_keep_their_shape() -> None:
     copy = carried(cycle)
     assert copy[0] is copy[1] is copy[2]["row"]
     assert copy[3] is copy
+
+
+def test_views_of_dictionaries_arrive_as_what_they_are() -> None:
+    table = {"b": [1], "a": 2.5}
+    for view in (table.keys(), table.values(), table.items()):
+        copy = carried(view)
+        assert type(copy) is type(view)
+        assert list(copy) == list(view)
+    assert carried(table.keys()) == {"a", "b"}
+    assert carried({1: 2}.items()) == {(1, 2)}
+    assert carried(table.values()) != list(table.values())
 
 
 def test_defaultdict_keeps_its_factory() -> None:
@@ -179,6 +193,8 @@ def test_damaged_messages_are_a_value_or_a_garbled_message(value: Any, data: st.
         b"0:i" + b"_" * 50 + b";0:",
         b"1:s@0;0:1:@0;",
         b"1:D@0;0:i1;0:",
+        b"1:lk1:@0;0:0:",
+        b"0:m1:N0:",
     ],
 )
 def test_malformed_messages_are_refused(data: bytes) -> None:

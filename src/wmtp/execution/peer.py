@@ -91,8 +91,8 @@ class Peer:
 
     Attributes:
         refusal: why a value could not be carried, once that has happened; then no verdict is possible.
-        failure: what ended the channel, once that has happened. Tests can catch anything, so it is kept: after
-            an `except:` a program that ended itself would look like one that raised.
+        failure: what ended the channel, once that has happened. Tests can catch anything, so it is kept:
+            after an `except:` a program that ended itself would look like one that raised.
         remote_errors: the exceptions raised here that came from the other end, with the text sent along.
     """
 
@@ -136,8 +136,8 @@ class Peer:
 
         Raises:
             Unverifiable: an argument or the result cannot be carried.
-            ChannelClosedError, ProgramEndedError, GarbledMessageError: the other end is gone, wants to end, or
-                does not keep to the protocol; so does every further call.
+            ChannelClosedError, ProgramEndedError, GarbledMessageError: the other end is gone, wants to end,
+                or does not keep to the protocol; so does every further call.
         """
         if self.failure is not None:
             raise self.failure

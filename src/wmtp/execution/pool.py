@@ -21,7 +21,7 @@ from typing import Any, Literal
 import wmtp
 from wmtp.exceptions import SandboxUnavailableError, UserInputError
 from wmtp.execution.layout import sandbox_layout
-from wmtp.execution.results import Isolation, ProgramJob, ProgramResult, SandboxStatus
+from wmtp.execution.results import Isolation, ProgramJob, ProgramResult, SandboxKind, SandboxStatus
 from wmtp.execution.seccomp import build_filter
 from wmtp.execution.supervisor import read_frame, write_frame
 
@@ -32,6 +32,20 @@ _MAX_IDLE = 16  # warm workers a process keeps
 _RUN_MARGIN_S = 5.0  # for starting and ending a run
 _MARGIN_S = 300.0  # beyond a program's own time limit, before a supervisor that does not answer is given up
 _START = "import sys; sys.path.insert(0, sys.argv.pop()); from wmtp.execution.supervisor import main; main()"
+# What the first program of a process sees, judged on the trusted side: an executable that calls itself bwrap
+# and lets everything through must not be taken for a sandbox.
+_LOOK_AROUND = """
+import os
+def user(): return os.getuid(), os.geteuid()
+def exist(paths): return [path for path in paths if os.path.exists(path)]
+def variables(): return list(os.environ)
+"""
+_SEEN_NOTHING = """
+assert 0 not in user(), "it runs as root"
+assert not (found := exist(["/proc/self", "/etc/passwd", "/home", "/root", "/var"])), found
+assert not (found := set(variables()) - {"HOME", "PATH", "LC_ALL", "LC_CTYPE", "TZ", "PYTHONHASHSEED",
+    "MALLOC_ARENA_MAX", "LD_LIBRARY_PATH", "PWD"}), found
+"""
 
 
 class _WorkerLostError(RuntimeError):
@@ -169,9 +183,7 @@ def _probe() -> SandboxStatus:
     for has_filter, user in itertools.product((True, False), users):
         pool = _Pool("bubblewrap", user=user, has_filter=has_filter)
         try:
-            result = pool.run(
-                ProgramJob(source="def ping(): return 1", tests="assert ping() == 1", timeout_s=30.0)
-            )
+            result = pool.run(ProgramJob(source=_LOOK_AROUND, tests=_SEEN_NOTHING, timeout_s=30.0))
         except (SandboxUnavailableError, _WorkerLostError, OSError, subprocess.SubprocessError) as error:
             pool.close()
             reason = error.message if isinstance(error, SandboxUnavailableError) else str(error)
@@ -181,11 +193,14 @@ def _probe() -> SandboxStatus:
             continue
         if not result.passed:
             pool.close()
-            raise RuntimeError(f"the sandbox runs but its first program did not pass: {result}")
+            problems.append(f"bubblewrap runs programs and does not isolate them: {result.message}")
+            continue
         _pools["bubblewrap"] = pool
         is_filtered = has_filter and build_filter(allow_processes=False) is not None
-        return SandboxStatus(available=True, kind="bubblewrap+seccomp" if is_filtered else "bubblewrap")
-    return SandboxStatus(available=False, kind="none", reason="; ".join(problems), remedy=remedy)
+        kind: SandboxKind = "bubblewrap+seccomp" if is_filtered else "bubblewrap"
+        return SandboxStatus(available=True, kind=kind, user=user)
+    reason = "; ".join(problems)
+    return SandboxStatus(available=False, kind="none", reason=reason, remedy=remedy or _remedy(reason))
 
 
 def _remedy(reason: str) -> str:
@@ -291,6 +306,7 @@ def run_programs(
     num_workers: int | None = None,
     on_done: Callable[[int, ProgramResult], None] | None = None,
     unsafe: bool = False,
+    progress: str | None = None,
 ) -> list[ProgramResult]:
     """Run many programs in parallel.
 
@@ -299,6 +315,7 @@ def run_programs(
         num_workers: how many run at a time; by default the processors this process may use.
         on_done: called with a job's position and result as each ends, by one thread at a time.
         unsafe: as for `run_program`.
+        progress: title of a progress bar on standard error, which is drawn in a terminal only; None for none.
 
     Returns:
         One result a job, in the order of the jobs.
@@ -306,18 +323,28 @@ def run_programs(
     if num_workers is not None and num_workers < 1:
         raise UserInputError(f"num_workers is {num_workers}", remedy="give at least 1, or None")
     lock = threading.Lock()
+    with contextlib.ExitStack() as stack:
+        count = None if progress is None else _show_progress(stack, progress, len(jobs))
 
-    def run_one(position: int) -> ProgramResult:
-        result = _run(jobs[position], unsafe=unsafe)
-        if on_done is not None:
+        def run_one(position: int) -> ProgramResult:
+            result = _run(jobs[position], unsafe=unsafe)
             with lock:
-                on_done(position, result)
-        return result
+                if count is not None:
+                    count(result)
+                if on_done is not None:
+                    on_done(position, result)
+            return result
 
-    with ThreadPoolExecutor(num_workers or len(os.sched_getaffinity(0)), "wmtp-execution") as threads:
-        futures = [threads.submit(run_one, position) for position in range(len(jobs))]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            threads.shutdown(wait=False, cancel_futures=True)
-            raise
+        with ThreadPoolExecutor(num_workers or len(os.sched_getaffinity(0)), "wmtp-execution") as threads:
+            futures = [threads.submit(run_one, position) for position in range(len(jobs))]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def _show_progress(stack: contextlib.ExitStack, title: str, total: int) -> Callable[[ProgramResult], None]:
+    from wmtp.execution.progress import show_progress  # rich: supervisors load this module without packages
+
+    return stack.enter_context(show_progress(title, total))

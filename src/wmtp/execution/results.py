@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Status = Literal["passed", "failed", "error", "timeout", "memory", "killed", "unverified"]
+SandboxKind = Literal["bubblewrap+seccomp", "bubblewrap", "none"]
 Isolation = Literal["bubblewrap", "process-limits"]
 
 
@@ -35,10 +36,11 @@ class ProgramResult:
 
     Attributes:
         passed: True only for status `passed`.
-        status: `passed`; `failed` an assert did not hold, or the output is not the expected one; `error` the program or the tests raised, or the
-            program ended before its tests did; `timeout`; `memory` it ran out of memory; `killed` it died of
-            a signal; `unverified` the tests need objects of the program's own, ran inside the sandbox and
-            claim to have passed there.
+        status: `passed`; `failed` an assert did not hold, or the output is not the expected one; `error` the
+            program or the tests raised, or the program ended before its tests did; `timeout`; `memory` it ran
+            out of memory; `killed` it died of a signal, or was ended for too much output or too many files;
+            `unverified` the tests need objects of the program's own, ran inside the sandbox and claim to have
+            passed there.
         stdout: what the program printed, cut at a bound; of the last run where there are several.
         stderr: likewise.
         wall_s: seconds from start to verdict, of all runs together.
@@ -68,11 +70,14 @@ class SandboxStatus:
     Attributes:
         available: whether the sandbox was started and held.
         kind: the isolation in force: `bubblewrap`, with or without its system call filter, or `none`.
+        user: as whom programs run: `own`, a user id that nothing else on this machine has, which root can
+            give each worker; `mapped`, nobody in a user namespace; `none`.
         reason: why it is not available; empty when it is.
         remedy: what the user can do about it; empty when nothing is wrong.
     """
 
     available: bool
-    kind: Literal["bubblewrap+seccomp", "bubblewrap", "none"]
+    kind: SandboxKind
+    user: Literal["own", "mapped", "none"] = "none"
     reason: str = ""
     remedy: str = ""

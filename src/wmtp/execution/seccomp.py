@@ -2,8 +2,9 @@
 
 Namespaces already hide files, processes and the network; the filter takes away what they leave open: new
 processes (so that the memory limit of one process is the limit of all), memory that no limit counts (memfd,
-System V, large socket buffers), sockets of families that network namespaces do not cover (vsock), and kernel interfaces with a
-history of escapes. A refused call gives EPERM, so programs see an ordinary `PermissionError`.
+System V, large socket buffers), sockets of families that network namespaces do not cover (vsock), and
+kernel interfaces with a history of escapes. A refused call gives EPERM, so programs see an ordinary
+`PermissionError`.
 
 Numbers from the kernel's `unistd` tables; the format from `linux/filter.h` and `linux/seccomp.h`.
 """

@@ -13,8 +13,9 @@ The reader trusts nothing: it builds only types named here, checks every length 
 and raises `GarbledMessageError` for the rest. It never unpickles, imports by name or evaluates.
 
 Tags, one byte each: N None, T True, F False, E Ellipsis, i int, f float, c complex, s str, b bytes, ( tuple,
-{ frozenset, r range, t built-in type, @ container of the table, h handle of the sender, p handle of the
-receiver. Numbers are hexadecimal and end with a semicolon, lengths are decimal and end with a colon.
+{ frozenset, k v m keys, values and items of a dictionary, r range, t built-in type, @ container of the table,
+h handle of the sender, p handle of the receiver. Numbers are hexadecimal and end with a semicolon, lengths
+are decimal and end with a colon.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ _BUILTIN_TYPES: dict[str, type] = {
     for kind in (bool, int, float, complex, str, bytes, bytearray, tuple, list, dict, set, frozenset, range)
 }
 _BUILTIN_TYPES |= {"object": object, "NoneType": type(None)}
+_EMPTY: dict[Any, Any] = {}
+_SEQUENCES: dict[type, bytes] = {tuple: b"(", frozenset: b"{"}
+_SEQUENCES |= {type(_EMPTY.keys()): b"k", type(_EMPTY.values()): b"v", type(_EMPTY.items()): b"m"}
 _MAPPINGS = b"dOCD"  # kinds of containers that hold pairs
 
 
@@ -177,8 +181,8 @@ class _Writer:
                 number = self.numbers[id(value)] = len(self.containers)
                 self.containers.append(value)
             out.append(b"@%x;" % number)
-        elif kind is tuple or kind is frozenset:
-            self._nested(b"(" if kind is tuple else b"{", value, out)
+        elif kind in _SEQUENCES:
+            self._nested(_SEQUENCES[kind], value, out)
         else:
             out.append(self._rare(value, kind))
 
@@ -232,6 +236,19 @@ class _Writer:
             for item in container:
                 self.value(item, out)
         return b"".join(out)
+
+
+def _sequence(tag: bytes, items: list[Any]) -> Any:
+    """What was taken apart for the tag; a view of a dictionary gets a dictionary of its own."""
+    if tag == b"(":
+        return tuple(items)
+    if tag == b"{":
+        return frozenset(items)
+    if tag == b"k":
+        return dict.fromkeys(items).keys()
+    if tag == b"v":
+        return dict(enumerate(items)).values()
+    return dict(items).items()
 
 
 class _Reader:
@@ -288,13 +305,13 @@ class _Reader:
             return tag == b"T"
         if tag == b"N":
             return None
-        if tag == b"(" or tag == b"{":
+        if tag in _SEQUENCES.values():
             self.depth += 1
             if self.depth > MAX_NESTING:
                 raise GarbledMessageError("nested too deeply")
             items = [self.value() for _ in range(self.count())]
             self.depth -= 1
-            return tuple(items) if tag == b"(" else frozenset(items)
+            return _sequence(tag, items)
         return self._rare(tag)
 
     def _rare(self, tag: bytes) -> Any:

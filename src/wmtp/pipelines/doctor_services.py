@@ -88,11 +88,15 @@ def check_isolation() -> Iterator[Check]:
     if not status.available:
         detail = f"none works, so that programs are not run: {status.reason}"
         yield Check("sandbox", "isolation", "broken", detail, status.remedy)
-    elif status.kind == "bubblewrap":
-        detail = "bubblewrap, without its system call filter"
+        return
+    own = "a user id of its own for each worker"
+    user = own if status.user == "own" else "user nobody of a user namespace"
+    if status.kind == "bubblewrap":
+        detail = f"bubblewrap, without its system call filter, as {user}"
         yield Check("sandbox", "isolation", "warning", detail, "use a kernel with seccomp")
     else:
-        yield Check("sandbox", "isolation", "works", f"{status.kind}: a program was run in it")
+        detail = f"{status.kind}, as {user}: a program was run in it and saw nothing of this machine"
+        yield Check("sandbox", "isolation", "works", detail)
 
 
 def _check_database(path: Path) -> Check:
