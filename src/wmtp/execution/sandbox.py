@@ -16,6 +16,7 @@ import contextlib
 import json
 import marshal
 import os
+import random
 import select
 import shutil
 import signal
@@ -30,7 +31,9 @@ from wmtp.execution.seccomp import build_filter
 TMP_MIB = 32
 _INNER_USER = 65534
 _KILL_S = 5.0  # to wait for the end of a killed sandbox
-_FIRST_USER = 0x70000000  # a range that neither distributions nor container managers hand out
+# Users that neither distributions nor container managers hand out. One is drawn for each worker, not counted,
+# so that containers that share a kernel do not meet either: limits count over all processes of a user.
+_FIRST_USER, _NUM_USERS = 0x70000000, 1 << 28
 # Reads modules and configuration as marshalled code from a descriptor: nothing of this package needs to be
 # mounted.
 _BOOT = """
@@ -78,7 +81,7 @@ class Sandbox:
         self.is_isolated: bool = config["isolation"] == "bubblewrap"
         self._has_filter: bool = config["has_filter"]
         self._layout: dict[str, Any] = config["layout"]
-        self._user = _FIRST_USER + os.getpid() if config["user"] == "own" else None
+        self._user = _FIRST_USER + random.randrange(_NUM_USERS) if config["user"] == "own" else None
         self._codes: dict[str, Any] = {}
         self._filters: dict[bool, IO[bytes]] = {}
         if self.is_isolated:
