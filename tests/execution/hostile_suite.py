@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from hostile_actions import EXHAUSTERS, LINGERERS, POISONERS, REACHERS, READERS, SECRET
-from hostile_forgeries import CASES, ENDINGS, FORGERIES, OUTPUT_FORGERIES, SWALLOWING, TESTS
+from hostile_forgeries import CASES, ENDINGS, FORGERIES, HONEST, OUTPUT_FORGERIES, SWALLOWING, TESTS
 
 from wmtp.execution import ProgramJob, ProgramResult
-from wmtp.execution.pool import _Pool
+from wmtp.execution.pool import User, _Pool
+from wmtp.execution.sandbox import _FIRST_USER
 
 NUM_THREADS = 6
 LIMIT_S = 1.0
@@ -289,11 +290,61 @@ GROUPS: dict[str, Callable[[_Pool], list[str]]] = {
 }
 
 
+def descendants() -> set[int]:
+    """All processes below this one, by the kernel's table."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue  # it has ended meanwhile
+    found: set[int] = set()
+    fresh = {os.getpid()}
+    while fresh:
+        fresh = {pid for pid, parent in parents.items() if parent in fresh}
+        found |= fresh
+    return found
+
+
+def owners() -> dict[int, int]:
+    """The user of each process."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                found[int(entry.name)] = entry.stat().st_uid
+            except OSError:
+                continue  # it has ended meanwhile
+    return found
+
+
+def run_group(group: str, user: User, *, has_filter: bool = True) -> list[str]:
+    """What went wrong with a group of programs; also whether this machine still answers, and what is left."""
+    before = descendants()
+    pool = _Pool("bubblewrap", user=user, has_filter=has_filter)
+    problems = GROUPS[group](pool)
+    start = time.monotonic()
+    if not pool.run(ProgramJob(source=HONEST, tests=TESTS)).passed or time.monotonic() - start > SLACK_S:
+        problems.append("afterwards an honest program did not pass in time")
+    # The users that root gave to the programs of this pool alone: those of its testers, which still run.
+    fresh = descendants() - before
+    users = {uid for pid, uid in owners().items() if pid in fresh and uid >= _FIRST_USER}
+    if user == "own" and not users:
+        problems.append("no user of its own was seen")
+    pool.close()
+    deadline = time.monotonic() + SLACK_S
+    while time.monotonic() < deadline:
+        left = (descendants() - before) | {pid for pid, uid in owners().items() if uid in users}
+        if not left:
+            return problems
+        time.sleep(0.05)
+    return [*problems, f"processes {left} are left"]
+
+
 def main() -> None:
     """Run everything as this user."""
-    pool = _Pool("bubblewrap", user="mapped", has_filter=True)
-    findings = {name: check(pool) for name, check in GROUPS.items()}
-    pool.close()
+    findings = {group: run_group(group, "mapped") for group in GROUPS}
     print(json.dumps({"uid": os.getuid(), "num_programs": NUM_PROGRAMS, "findings": findings}))
 
 

@@ -9,25 +9,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 
 import pytest
 from as_nobody import run_as_nobody
 from hostile_forgeries import CASES, HONEST, HONEST_PRINTER, HONEST_RAISER, SWALLOWING, TESTS
-from hostile_suite import GROUPS, NUM_PROGRAMS, check_lingerers, check_readers
+from hostile_suite import GROUPS, NUM_PROGRAMS, run_group
 
 from wmtp.execution import check_sandbox, run_program
-from wmtp.execution.pool import User, _Pool
+from wmtp.execution.pool import User
 
 USERS: list[User] = ["own", "mapped"] if os.geteuid() == 0 else ["mapped"]
-
-
-@pytest.fixture(scope="module")
-def hostile_pool() -> Iterator[_Pool]:
-    """The kind of sandbox that this user gets."""
-    pool = _Pool("bubblewrap", user=USERS[0], has_filter=True)
-    yield pool
-    pool.close()
 
 
 def test_this_suite_is_whole_and_was_not_skipped() -> None:
@@ -37,8 +28,8 @@ def test_this_suite_is_whole_and_was_not_skipped() -> None:
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_hostile_programs_get_nothing(group: str, hostile_pool: _Pool) -> None:
-    assert GROUPS[group](hostile_pool) == []
+def test_hostile_programs_get_nothing(group: str) -> None:
+    assert run_group(group, USERS[0]) == []
 
 
 def test_the_forgeries_would_pass_if_they_gave_right_values() -> None:
@@ -51,19 +42,15 @@ def test_the_forgeries_would_pass_if_they_gave_right_values() -> None:
 @pytest.mark.parametrize("group", GROUPS)
 def test_hostile_programs_get_nothing_from_a_mapped_user(group: str) -> None:
     """Of an ordinary user it is the only one; root falls back on it where it may not mount."""
-    pool = _Pool("bubblewrap", user="mapped", has_filter=True)
-    assert GROUPS[group](pool) == []
-    pool.close()
+    assert run_group(group, "mapped") == []
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("group", ["readers", "reachers", "lingerers", "poisoners"])
 @pytest.mark.parametrize("user", USERS)
-def test_the_namespaces_alone_hide_all_and_end_all(user: User) -> None:
+def test_the_namespaces_alone_hide_all_and_end_all(user: User, group: str) -> None:
     """Without the filter of system calls, as on an architecture that has none; here processes fork."""
-    pool = _Pool("bubblewrap", user=user, has_filter=False)
-    assert check_readers(pool) == []
-    assert check_lingerers(pool) == []
-    pool.close()
+    assert run_group(group, user, has_filter=False) == []
 
 
 @pytest.mark.slow
