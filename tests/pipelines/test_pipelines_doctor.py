@@ -452,6 +452,7 @@ def test_the_isolation_in_force_is_told() -> None:
     assert user in found.detail
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_sandbox_is_told_with_the_remedy() -> None:
     """Inside a sandbox that forbids to make another."""
     code = "from wmtp.pipelines.doctor_services import check_isolation; print(*check_isolation())"
