@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wmtp.evaluation import assemble_program
 from wmtp.evaluation.microcode import MicroCodeProblem, Split, generate_problems, to_task
 from wmtp.evaluation.microcode.operations import OPERATIONS
-from wmtp.evaluation.tasks import assemble_program
 from wmtp.exceptions import UserInputError
 
 SPLITS: tuple[Literal["train", "validation", "test"], ...] = get_args(Split)

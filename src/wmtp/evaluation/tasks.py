@@ -1,7 +1,7 @@
 """What a programming benchmark asks: a prompt, tests, and how a completion becomes a whole program.
 
 A `Task` knows nothing of models or sandboxes. Benchmarks differ in their rows only; each has one function
-here that turns a published row into a `Task`.
+that turns a row into a `Task` (here HumanEval; `mbpp`, `contests`, `custom` and `microcode` beside it).
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from wmtp.exceptions import DataError
 
 # Chen et al. 2021 ("Evaluating Large Language Models Trained on Code"), section 3.
 HUMANEVAL_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-# An MBPP program may hold several functions, classes, comments and top-level statements, so only what can
-# follow a whole program ends it: asserts, printed examples, the next task's docstring, and prompt markers.
-MBPP_STOP = ("\nassert", "\nprint", '\n"""', "\n[DONE]", "\n```", "\nif __name__")
+
+# What a model writes: the rest of a program that `program_prefix` begins, a whole program, or any text.
+TaskForm = Literal["completion", "program", "text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +27,19 @@ class Task:
     Attributes:
         task_id: unique within its dataset, such as `HumanEval/0`.
         prompt: what the model is given.
-        tests: source of asserts, run on the trusted side.
+        tests: source of asserts, run on the trusted side; empty where `cases` judge, or nothing does.
         setup: helpers for the tester, run on the trusted side before the tests.
         program_prefix: what stands before the completion to make a whole program (HumanEval: the prompt).
         stop: strings that end a completion; neither they nor anything after them belong to the program.
         reference: a right completion, empty when unknown.
-        timeout_s: wall-clock limit of one run of the tests, in seconds, where the caller sets none.
+        timeout_s: wall-clock limit of one run of the tests (of each of `cases`), in seconds; None takes the
+            caller's.
+        memory_mib: address space of one run, in MiB; None takes the caller's.
+        cases: standard input and expected output of each run, in order, in place of `tests`.
+        other_references: further right completions.
+        entry_point: the function that is asked for, where its name is known.
+        form: what the model is expected to write.
+        benchmark: the kind of row it was made of.
     """
 
     task_id: str
@@ -42,7 +49,23 @@ class Task:
     program_prefix: str = ""
     stop: tuple[str, ...] = ()
     reference: str = ""
-    timeout_s: float = 10.0
+    timeout_s: float | None = None
+    memory_mib: int | None = None
+    cases: tuple[tuple[str, str], ...] = ()
+    other_references: tuple[str, ...] = ()
+    entry_point: str = ""
+    form: TaskForm = "completion"
+    benchmark: Literal["humaneval", "mbpp", "contest", "microcode", "custom"] = "custom"
+
+    @property
+    def has_tests(self) -> bool:
+        """Whether a program can be judged."""
+        return bool(self.tests or self.cases)
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """All known right completions."""
+        return (self.reference, *self.other_references) if self.reference else self.other_references
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:
@@ -51,22 +74,18 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
     return text[: min(positions)] if positions else text
 
 
-def assemble_program(task: Task, completion: str) -> str:
-    """Return the program to execute: `task.program_prefix`, then the completion cut at `task.stop`."""
-    return task.program_prefix + cut_at_stop(completion, task.stop)
-
-
 def humaneval_task(row: Mapping[str, Any]) -> Task:
     """Turn a HumanEval row into a task.
 
-    The prompt is the row's own (imports, helpers, signature, docstring) and also begins the program. Whatever
-    the prompt defines besides the entry point (`poly`, `encode_cyclic`) is given to the tester as `setup`,
-    so that a completion which redefines such a helper cannot bend the test that uses it.
+    The prompt is both what the model is given and how the program begins, and `check(entry_point)` runs the
+    tests (Chen et al. 2021). What the prompt defines besides the entry point (`poly`, `encode_cyclic`) is
+    given to the tester as `setup`, so that a completion which redefines such a helper cannot bend the test
+    that uses it.
 
     Raises:
         DataError: a field is missing, or the prompt is not Python.
     """
-    task_id, prompt, test, entry_point = _texts(
+    task_id, prompt, test, entry_point = text_fields(
         row, ("task_id", "prompt", "test", "entry_point"), "HumanEval"
     )
     return Task(
@@ -77,58 +96,22 @@ def humaneval_task(row: Mapping[str, Any]) -> Task:
         program_prefix=prompt,
         stop=HUMANEVAL_STOP,
         reference=str(row.get("canonical_solution", "")),
+        entry_point=entry_point,
+        benchmark="humaneval",
     )
 
 
-def mbpp_task(row: Mapping[str, Any]) -> Task:
-    '''Turn an MBPP row, full (`text`) or sanitized (`prompt`), into a zero-shot task.
-
-    The prompt is a docstring with the description and the asserts, which alone tell the function's name; the
-    completion is a whole program that starts on the next line::
-
-        """
-        Write a function to find the similar elements from the given two tuple lists.
-        assert similar_elements((3, 4, 5, 6),(5, 7, 4, 10)) == (4, 5)
-        """
-
-    The form is that of Fried et al. 2022 (InCoder), all asserts shown as in Austin et al. 2021. Line ends
-    of the published file (CRLF in part) become LF.
-
-    Raises:
-        DataError: a field is missing or of the wrong type.
-    '''
-    is_full = "text" in row
-    description, code = _texts(row, ("text" if is_full else "prompt", "code"), "MBPP")
-    if "task_id" not in row or "test_list" not in row:
-        missing = "task_id" if "task_id" not in row else "test_list"
-        raise DataError(
-            f"MBPP row has no field {missing!r}; it has {sorted(row)}",
-            remedy="use the published fields of MBPP",
-        )
-    test_list = row["test_list"]
-    if not isinstance(test_list, Sequence) or isinstance(test_list, str) or not test_list:
-        raise DataError(
-            f"MBPP row {row['task_id']!r}: test_list must be a non-empty list of asserts, got {test_list!r}",
-            remedy="give at least one assert",
-        )
-    asserts = [_unix_lines(str(test)).strip() for test in test_list]
-    setup_lines = [str(line) for line in row.get("test_imports", ())] + [str(row.get("test_setup_code", ""))]
-    shown_asserts = "\n".join(asserts)
-    return Task(
-        task_id=str(row["task_id"]),
-        prompt=f'"""\n{_unix_lines(description).strip()}\n{shown_asserts}\n"""\n',
-        tests=shown_asserts + "\n",
-        setup=_unix_lines("\n".join(line for line in setup_lines if line)),
-        stop=MBPP_STOP,
-        reference=_unix_lines(code).rstrip() + "\n",
-    )
-
-
-def _unix_lines(text: str) -> str:
+def unix_lines(text: str) -> str:
+    """Turn the line ends CRLF and CR into LF."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _texts(row: Mapping[str, Any], fields: Sequence[str], dataset: str) -> list[str]:
+def text_fields(row: Mapping[str, Any], fields: Sequence[str], dataset: str) -> list[str]:
+    """Return the row's fields as texts.
+
+    Raises:
+        DataError: one is missing, or neither text nor a whole number.
+    """
     for field in fields:
         if not isinstance(row.get(field), str | int):
             raise DataError(

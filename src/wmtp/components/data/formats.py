@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from wmtp.components.data.examples import Example, Weight
-from wmtp.evaluation.tasks import humaneval_task, mbpp_task
+from wmtp.evaluation import Task, contest_prompt, contest_task, custom_task, humaneval_task, mbpp_task
+from wmtp.evaluation.contests import PYTHON3, solutions
 from wmtp.exceptions import DataError
 
 Fields: TypeAlias = Mapping[str, Any]
 Split: TypeAlias = Literal["train", "validation", "test", "prompt"]
 
-# Languages of CodeContests solutions: unknown, python2, cpp, python3, java.
-_PYTHON3 = (3, "PYTHON3")
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
@@ -30,12 +29,14 @@ class RowFormat:
         name: what messages call it.
         forms: the sets of fields of which a row must have one whole; more fields are welcome.
         convert: makes a row's examples from its id and fields.
+        to_task: makes the task that a row asks from its id and fields; None where it asks none.
         split_of: the split a row belongs to, for formats whose rows tell; None where they do not.
     """
 
     name: str
     forms: tuple[tuple[str, ...], ...]
     convert: Callable[[str, Fields], list[Example]]
+    to_task: Callable[[str, Fields], Task | None]
     split_of: Callable[[Fields], Split] | None = None
 
     def accepts(self, fields: Fields) -> bool:
@@ -72,9 +73,8 @@ def mbpp_split(fields: Fields) -> Split:
     return "validation" if task_id <= 600 else "train"
 
 
-def contest_prompt(description: str) -> str:
-    """What a model is given of a CodeContests problem: its description as the program's docstring."""
-    return f'"""\n{_unix_lines(description).strip()}\n"""\n'
+def _mbpp_task(row_id: str, fields: Fields) -> Task:
+    return mbpp_task(fields)
 
 
 def _mbpp_examples(row_id: str, fields: Fields) -> list[Example]:
@@ -82,8 +82,12 @@ def _mbpp_examples(row_id: str, fields: Fields) -> list[Example]:
     return [Example(row_id, task.prompt, task.reference, task=task)]
 
 
+def _humaneval_task(row_id: str, fields: Fields) -> Task:
+    return humaneval_task({"task_id": row_id, **fields})
+
+
 def _humaneval_examples(row_id: str, fields: Fields) -> list[Example]:
-    task = humaneval_task({"task_id": row_id, **fields})
+    task = _humaneval_task(row_id, fields)
     return [Example(row_id, task.prompt, task.reference, task=task)]
 
 
@@ -92,31 +96,11 @@ def _contest_examples(row_id: str, fields: Fields) -> list[Example]:
     prompt = contest_prompt(_text(fields, "description"))
     examples = []
     for field, reward in (("solutions", 1.0), ("incorrect_solutions", -1.0)):
-        for number, (language, solution) in enumerate(_solutions(fields.get(field, ()), field)):
-            if language in _PYTHON3:
+        for number, (language, solution) in enumerate(solutions(fields.get(field, ()), field)):
+            if language in PYTHON3:
                 completion = _unix_lines(solution).rstrip() + "\n"
                 examples.append(Example(f"{row_id}#{field}[{number}]", prompt, completion, reward=reward))
     return examples
-
-
-def _solutions(value: Any, field: str) -> list[tuple[Any, str]]:
-    """Pairs of language and source, from columns (as published) or from a list of records."""
-    if isinstance(value, Mapping) and {"language", "solution"} <= set(value):
-        languages, sources = value["language"], value["solution"]
-        if not isinstance(languages, Sequence) or not isinstance(sources, Sequence):
-            raise DataError(f"field {field!r}: language and solution must be lists")
-        if len(languages) != len(sources):
-            raise DataError(f"field {field!r} has {len(languages)} languages and {len(sources)} solutions")
-        pairs = list(zip(languages, sources, strict=True))
-    elif isinstance(value, Sequence) and all(
-        isinstance(item, Mapping) and {"language", "solution"} <= set(item) for item in value
-    ):
-        pairs = [(item["language"], item["solution"]) for item in value]
-    else:
-        raise DataError(f"field {field!r} must hold language and solution; got {_short(value)}")
-    if not all(isinstance(source, str) for _, source in pairs):
-        raise DataError(f"field {field!r} has a solution that is not text")
-    return pairs
 
 
 def _custom_examples(row_id: str, fields: Fields) -> list[Example]:
@@ -125,6 +109,9 @@ def _custom_examples(row_id: str, fields: Fields) -> list[Example]:
         messages, weight = _messages(fields)
         return [Example(row_id, "", "", reward=reward, weight=weight, messages=messages)]
     weight = _weight(fields)
+    if "prompt" in fields and "completion" not in fields and "text" not in fields:
+        # A problem with tests and no answer: it can be asked, not learnt from.
+        return []
     if "completion" in fields and "prompt" in fields:
         prompt, completion = _text(fields, "prompt", may_be_empty=True), _text(fields, "completion")
     else:
@@ -240,13 +227,20 @@ FORMATS: tuple[RowFormat, ...] = (
         "MBPP",
         (("task_id", "text", "code", "test_list"), ("task_id", "prompt", "code", "test_list")),
         _mbpp_examples,
+        _mbpp_task,
         mbpp_split,
     ),
     RowFormat(
         "HumanEval",
         (("prompt", "canonical_solution", "test", "entry_point"),),
         _humaneval_examples,
+        _humaneval_task,
     ),
-    RowFormat("CodeContests", (("description", "solutions"),), _contest_examples),
-    RowFormat("custom", (("messages",), ("prompt", "completion"), ("text",)), _custom_examples),
+    RowFormat("CodeContests", (("description", "solutions"),), _contest_examples, contest_task),
+    RowFormat(
+        "custom",
+        (("messages",), ("prompt", "completion"), ("text",), ("prompt", "tests")),
+        _custom_examples,
+        custom_task,
+    ),
 )

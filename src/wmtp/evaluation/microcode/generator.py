@@ -118,6 +118,8 @@ def to_task(problem: MicroCodeProblem) -> Task:
         program_prefix=problem.prompt,
         stop=STOP,
         reference=problem.reference,
+        entry_point=problem.entry_point,
+        benchmark="microcode",
     )
 
 

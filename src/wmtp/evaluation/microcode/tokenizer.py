@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -9,6 +11,7 @@ from wmtp.evaluation.microcode.generator import generate_problems
 from wmtp.exceptions import UserInputError
 
 BOS_TOKEN, EOS_TOKEN, PAD_TOKEN = "<|bos|>", "<|eos|>", "<|pad|>"
+_SPECIAL_TOKENS = (BOS_TOKEN, EOS_TOKEN, PAD_TOKEN)
 _NUM_BYTES = 256
 _NUM_TRAINING_PROBLEMS = 1500
 _MAX_LENGTH = 512
@@ -29,13 +32,27 @@ def build_tokenizer(vocab_size: int = 512, seed: int = 0) -> PreTrainedTokenizer
     Raises:
         UserInputError: the vocabulary has no room for all bytes and the special tokens.
     """
-    special_tokens = [BOS_TOKEN, EOS_TOKEN, PAD_TOKEN]
-    if vocab_size < _NUM_BYTES + len(special_tokens):
+    num_special = len(_SPECIAL_TOKENS)
+    if vocab_size < _NUM_BYTES + num_special:
         raise UserInputError(
             f"a byte-level vocabulary of {vocab_size} has no room for {_NUM_BYTES} bytes and"
-            f" {len(special_tokens)} special tokens",
-            remedy=f"Use at least {_NUM_BYTES + len(special_tokens)}.",
+            f" {num_special} special tokens",
+            remedy=f"Use at least {_NUM_BYTES + num_special}.",
         )
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+        tokenizer_object=Tokenizer.from_str(_train(vocab_size, seed)),
+        bos_token=BOS_TOKEN,
+        eos_token=EOS_TOKEN,
+        pad_token=PAD_TOKEN,
+        model_max_length=_MAX_LENGTH,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@lru_cache(maxsize=8)
+def _train(vocab_size: int, seed: int) -> str:
+    """The trained tokenizer as JSON, kept: a run asks for it with the model and with the tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -51,17 +68,9 @@ def build_tokenizer(vocab_size: int = 512, seed: int = 0) -> PreTrainedTokenizer
         (problem.program for problem in problems),
         trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=special_tokens,
+            special_tokens=list(_SPECIAL_TOKENS),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
     )
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
-        tokenizer_object=tokenizer,
-        bos_token=BOS_TOKEN,
-        eos_token=EOS_TOKEN,
-        pad_token=PAD_TOKEN,
-        model_max_length=_MAX_LENGTH,
-        padding_side="right",
-        clean_up_tokenization_spaces=False,
-    )
+    return str(tokenizer.to_str())
