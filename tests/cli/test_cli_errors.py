@@ -37,7 +37,7 @@ def run_cli(*arguments: str) -> int:
         (["train.algo=ppo"], ["train.algo", "ppo", "baseline-mtp"]),
         (["paths.models.base=no/such/folder/here"], ["no/such/folder/here"]),
         (["devices.accelerator=cuda"], ["cuda"]),
-        (["eval.types=[exact-match]"], ["eval.types", "not available"]),
+        (["devices.strategy=fsdp2"], ["devices.strategy", "not available"]),
         (["model.mtp.head=hydra"], ["model.mtp.head", "hydra", "medusa"]),
         (["model.mtp.offsets=[1,3]"], ["model.mtp.offsets", "horizon"]),
         (["eval.datasets=[bad.jsonl]"], ["bad.jsonl"]),

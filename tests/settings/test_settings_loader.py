@@ -180,7 +180,7 @@ def test_every_problem_of_both_files_is_reported_at_once_in_order(write: Writer)
         "data:\n  train:\n    sources: [microcode, mbpp]\n    batch_size: 0\n"
         "optim:\n  lr: .nan\n  warmup_steps: 20\n"
         "loss:\n  temprature: 1\n"
-        "eval:\n  types: [exact-match]\n",
+        "model:\n  rm_id: gs://bucket/model\n",
         "recipe.yaml",
     )
     problems = problems_of(lambda: load_settings(config, recipe, ["train.seed=-1", "nothing=1"]))
@@ -194,7 +194,7 @@ def test_every_problem_of_both_files_is_reported_at_once_in_order(write: Writer)
         ("recipe.yaml", 9, "optim.lr"),
         ("recipe.yaml", 10, "optim.warmup_steps"),
         ("recipe.yaml", 12, "loss.temprature"),
-        ("recipe.yaml", 14, "eval.types"),
+        ("recipe.yaml", 14, "model.rm_id"),
         ("--set nothing", None, ""),
         ("--set train.seed", None, "train.seed"),
     ]
@@ -254,15 +254,13 @@ def test_what_the_schema_knows_but_this_version_cannot_do_is_refused(write: Writ
     )
     recipe = write(
         "train: {algo: baseline-mtp, max_steps: 9}\ndata: {train: {sources: [microcode]}}\n"
-        "rho1: {reference: precomputed, reference_scores: scores}\n"
-        "eval: {types: [meta-mtp, exact-match]}\n",
+        "rho1: {reference: precomputed, reference_scores: scores}\n",
         "recipe.yaml",
     )
     problems = problems_of(lambda: load_settings(config, recipe))
     assert all("not available" in problem.rule for problem in problems)
     assert sorted(problem.key for problem in problems) == [
         "devices.strategy",
-        "eval.types",
         "launcher.resources.gpus",
         "launcher.target",
         "paths.models.base",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
@@ -18,6 +19,7 @@ from wmtp.cli.options import (
     VerboseOption,
     split_tags,
 )
+from wmtp.exceptions import UserInputError
 
 
 def evaluate(
@@ -25,13 +27,22 @@ def evaluate(
     recipe: RecipeOption,
     checkpoint: Annotated[
         str,
-        typer.Option(help="Run folder, step-N folder, export, model folder or hub id.", show_default=False),
+        typer.Option(
+            help="Run folder, step-N folder, export, .pt state dict, runs:/<MLflow id>, model folder, hub id "
+            "or s3:// address.",
+            show_default=False,
+        ),
     ],
     datasets: Annotated[
-        str | None, typer.Option(help="Benchmarks, separated by commas; default: eval.datasets.")
+        str | None,
+        typer.Option(help="Benchmarks or files, separated by commas; default: eval.datasets."),
     ] = None,
     types: Annotated[
-        str | None, typer.Option(help="Evaluation types, separated by commas; default: eval.types.")
+        str | None,
+        typer.Option(
+            help="meta-mtp, exact-match, perplexity, self-speculation, token-accuracy, separated by commas; "
+            "default: eval.types."
+        ),
     ] = None,
     run_name: RunNameOption = None,
     tags: TagsOption = None,
@@ -41,13 +52,16 @@ def evaluate(
     unsafe_execution: UnsafeOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Evaluate a run directory, a step, an export or a model."""
+    """Evaluate a run directory, a step, an export, a state dict or a model.
+
+    An evaluation that was interrupted goes on where it was when the same command is given again.
+    """
     from wmtp.cli.summary import print_evaluation, print_settings
     from wmtp.settings import load_settings
 
     chosen = [
-        f"eval.{key}=[{value}]"
-        for key, value in (("datasets", datasets), ("types", types))
+        f"eval.{key}={json.dumps(_split(option, value))}"
+        for key, option, value in (("datasets", "--datasets", datasets), ("types", "--types", types))
         if value is not None
     ]
     settings = load_settings(config, recipe, overrides=[*(overrides or []), *chosen])
@@ -64,3 +78,15 @@ def evaluate(
     )
     outputs = run_evaluation_pipeline(*settings, checkpoint, dry_run=dry_run, options=options)
     print_evaluation(outputs)
+
+
+def _split(option: str, value: str) -> list[str]:
+    """`a,b` as a list; a name that is given twice counts once.
+
+    Raises:
+        UserInputError: nothing is named.
+    """
+    names = list(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
+    if not names:
+        raise UserInputError(f"{option} {value!r} names nothing", remedy="leave it out, or give names")
+    return names

@@ -44,10 +44,17 @@ def print_training(outputs: RunOutputs) -> None:
 
 
 def print_evaluation(outputs: EvaluationOutputs) -> None:
-    """Results of an evaluation."""
+    """Results of an evaluation, or what one would measure."""
     console = Console()
+    if outputs.dry_run is not None:
+        title = "dry run: everything was loaded, nothing was generated, run or written"
+        console.print(title, style="bold")
+        _print_facts(console, outputs.dry_run)
+        return
+    if outputs.run_name is not None:
+        console.print(Text(f"evaluation {outputs.run_name}", style="bold"))
     _print_facts(console, {name: f"{value:.4f}" for name, value in outputs.metrics.items()})
-    _print_facts(console, {"generations": outputs.folder})
+    _print_facts(console, {"report": outputs.report, "generations": outputs.folder})
     _print_skipped(console, outputs.skipped)
 
 

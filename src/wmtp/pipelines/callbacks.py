@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wmtp.components.evaluator import measure_losses
+from wmtp.components.evaluator import measure_validation
 from wmtp.components.loader import LoadedCheckpoint
 from wmtp.components.loader.step_stores import open_fallback_store
 from wmtp.components.pretrainer import CriticQuality
@@ -131,7 +131,7 @@ def build_callbacks(
     if train.eval_every_steps is not None and data.validation:
         autocast = autocast_factory(environment.device, environment.precision)
         validation = ValidationCallback(
-            lambda: measure_losses(model, data.validation_batches(), autocast=autocast),
+            lambda: measure_validation(model, data.validation_batches(), autocast=autocast),
             tracker,
             train.eval_every_steps,
         )

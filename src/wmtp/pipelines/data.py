@@ -30,8 +30,6 @@ from wmtp.components.data.batching import Collator
 from wmtp.components.data.examples import TokenizedCount
 from wmtp.components.data.formats import Split
 from wmtp.components.tokenizer import HfTokenizer
-from wmtp.evaluation import Task
-from wmtp.exceptions import DataError
 from wmtp.factory import ComponentFactory, padding_multiple
 from wmtp.settings import Config, Recipe, find_dataset
 
@@ -221,10 +219,25 @@ def _prepare_stream(
     )
 
 
-def prepare_validation(config: Config, recipe: Recipe, tokenizer: HfTokenizer, horizon: int) -> PreparedData:
-    """Held-out examples alone, for an evaluation without training; none where the recipe names no source."""
+def prepare_validation(
+    config: Config, recipe: Recipe, tokenizer: HfTokenizer, horizon: int, *, is_needed: bool = True
+) -> PreparedData:
+    """Held-out examples alone, for an evaluation without training.
+
+    Where the recipe names no source they are the right solutions of the test split of `eval.datasets`. None
+    where nothing is to be measured on them.
+    """
     limit = recipe.data.eval.max_examples
-    held_out = _load_sources(config, recipe, recipe.data.eval.sources, "validation", limit=limit)
+    held_out: list[Example] = []
+    if is_needed and recipe.data.eval.sources:
+        held_out = _load_sources(config, recipe, recipe.data.eval.sources, "validation", limit=limit)
+    elif is_needed:
+        logger.info(
+            "data.eval.sources is empty: losses are measured on solutions of %s",
+            ", ".join(recipe.eval.datasets),
+        )
+        loaded = _load_sources(config, recipe, recipe.eval.datasets, "test", limit=limit)
+        held_out = [example for example in loaded if example.reward is None or example.reward > 0]
     metadata = {"training_algorithm": "mtp", "horizon": horizon}
     return PreparedData(
         examples={},
@@ -233,26 +246,6 @@ def prepare_validation(config: Config, recipe: Recipe, tokenizer: HfTokenizer, h
         collator=ComponentFactory.create_collator(recipe, config, tokenizer.tokenizer, metadata),
         recipe=recipe,
     )
-
-
-def evaluation_tasks(config: Config, recipe: Recipe) -> dict[str, list[Task]]:
-    """The tasks of every dataset of `eval.datasets`, at most `eval.max_problems` each.
-
-    Raises:
-        DataError: a dataset is missing, or its rows carry no tests.
-    """
-    loader = ComponentFactory.create_data_loader(recipe, config)
-    tasks = {}
-    for name in recipe.eval.datasets:
-        examples = loader.load(find_dataset(config, name), split="test", limit=recipe.eval.max_problems)
-        with_tests = [example.task for example in examples if example.task is not None]
-        if not with_tests:
-            raise DataError(
-                f"dataset {name!r} has no rows with tests, so pass@k cannot be measured on it",
-                remedy="take it out of eval.datasets, or use mbpp, humaneval or microcode rows",
-            )
-        tasks[name] = with_tests
-    return tasks
 
 
 def _load_sources(

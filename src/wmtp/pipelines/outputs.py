@@ -46,12 +46,18 @@ class EvaluationOutputs:
         results: one a type and dataset, with per-problem verdicts.
         skipped: what could not be run, with reason and remedy.
         folder: where generations and verdicts are; None for a dry run.
+        run_name: name of the report's folder, where the evaluation is a run of its own.
+        report: the HTML report, likewise.
+        dry_run: what would be measured, where it was one.
     """
 
     metrics: dict[str, float]
     results: list[EvaluationResult] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     folder: Path | None = None
+    run_name: str | None = None
+    report: Path | None = None
+    dry_run: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

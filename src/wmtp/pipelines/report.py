@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +12,12 @@ from wmtp.components.data import to_device
 from wmtp.components.data.examples import Batch
 from wmtp.components.evaluator import EvaluationResult
 from wmtp.components.trainer import BaseWmtpTrainer
+from wmtp.evaluation.records import read_records
 from wmtp.modeling import evaluating
 from wmtp.objectives import IGNORE_INDEX, shift_labels, token_cross_entropy
 from wmtp.pipelines.environment import RunPaths
 from wmtp.pipelines.outputs import EvaluationOutputs
+from wmtp.pipelines.report_details import benchmark_details, benchmark_scores, result_tables
 from wmtp.reporting import ProgramSample, ReportRun, Score, TokenView, write_report
 from wmtp.settings import Config, Recipe, redacted_dump
 from wmtp.tracking import read_metrics
@@ -52,6 +53,8 @@ def report_training(
         settings_yaml=_settings_yaml(config, recipe),
         timings=timings,
         notes=_notes(evaluation),
+        benchmarks=benchmark_details(evaluation.results, paths.report),
+        tables=result_tables(evaluation.results),
     )
     return run, write_report(paths.report, title=f"WMTP run {paths.name}", runs=[run]).html
 
@@ -68,6 +71,8 @@ def report_evaluation(
         samples=_samples(evaluation.results),
         settings_yaml=_settings_yaml(config, recipe),
         notes=[f"Evaluated: {checkpoint}", *_notes(evaluation)],
+        benchmarks=benchmark_details(evaluation.results, paths.report),
+        tables=result_tables(evaluation.results),
     )
     return write_report(paths.report, title=f"WMTP evaluation {paths.name}", runs=[run]).html
 
@@ -144,18 +149,12 @@ def _losses_by_token(trainer: BaseWmtpTrainer, batch: Batch, hidden_BSHD: Tensor
 
 
 def _scores(results: list[EvaluationResult]) -> list[Score]:
+    """pass@k at the first temperature, the one that was chosen beforehand."""
     return [
-        Score(
-            benchmark=dataset.name,
-            value=interval.mean,
-            k=k,
-            low=interval.low,
-            high=interval.high,
-            num_problems=len(dataset.temperatures[0].problems),
-        )
+        score
         for result in results
         for dataset in result.datasets.values()
-        for k, interval in dataset.temperatures[0].pass_at.items()
+        for score in benchmark_scores(dataset)[0].scores.values()
     ]
 
 
@@ -166,8 +165,7 @@ def _samples(results: list[EvaluationResult]) -> list[ProgramSample]:
         for dataset in result.datasets.values():
             if dataset.generations is None:
                 continue
-            # By bytes, because `str.splitlines` also cuts at characters that may stand inside a program.
-            rows = [json.loads(line) for line in dataset.generations.read_bytes().splitlines()]
+            rows = [*read_records(dataset.generations)]
             passed = [row for row in rows if row["passed"]][: _NUM_SAMPLES // 2]
             other = [row for row in rows if not row["passed"]][: _NUM_SAMPLES - len(passed)]
             samples += [

@@ -20,6 +20,7 @@ from wmtp.evaluation import Task
 from wmtp.exceptions import TrainingInterruptedError
 from wmtp.factory import ComponentFactory
 from wmtp.modeling import LateParameters, MTPModel, choose_trainable
+from wmtp.pipelines.benchmarks import evaluation_tasks
 from wmtp.pipelines.builtin_models import prepare_builtin_model
 from wmtp.pipelines.callbacks import build_callbacks, build_saver
 from wmtp.pipelines.critic import (
@@ -29,7 +30,7 @@ from wmtp.pipelines.critic import (
     register_value_head,
     untrained_critic,
 )
-from wmtp.pipelines.data import PreparedData, evaluation_tasks, prepare_data
+from wmtp.pipelines.data import PreparedData, prepare_data
 from wmtp.pipelines.dry_run import measure_longest_batch
 from wmtp.pipelines.environment import (
     Environment,

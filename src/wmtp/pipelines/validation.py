@@ -16,6 +16,7 @@ from wmtp.exceptions import UserInputError, WmtpError
 from wmtp.execution import check_sandbox
 from wmtp.factory import ComponentFactory
 from wmtp.modeling import MTPModel, ValueHead, trainable_parameters
+from wmtp.pipelines.benchmarks import evaluation_tasks
 from wmtp.pipelines.memory import Helpers, estimate_memory
 from wmtp.pipelines.meta_models import (
     ModelDescription,
@@ -87,8 +88,7 @@ def validate_settings(config: Config, recipe: Recipe, options: RunOptions) -> li
     look(lambda: _check_tokenizers(config, recipe, there, options))
     for source in dict.fromkeys((*recipe.data.train.sources, *recipe.data.eval.sources)):
         look(lambda source=source: _check_dataset(config, recipe, source, "train"))  # type: ignore[misc]
-    for source in recipe.eval.datasets:
-        look(lambda source=source: _check_dataset(config, recipe, source, "test"))  # type: ignore[misc]
+    look(lambda: _check_benchmarks(config, recipe))
     base, reference, reward = (described[role] for role in _TITLES)
     look(lambda: _check_lengths(base, reference, recipe))
     look(lambda: _check_shapes(config, recipe, base, reference, reward))
@@ -282,6 +282,21 @@ def _check_dataset(config: Config, recipe: Recipe, source: str, split: Split) ->
     kinds = "with tests" if rows[0].task is not None else "without tests"
     where = "" if path == source else f"{path}: "
     return [Finding(f"dataset {source} ({split})", f"{where}rows can be read, {kinds}")]
+
+
+def _check_benchmarks(config: Config, recipe: Recipe) -> list[Finding]:
+    """Read the first problems of every dataset, and check that they serve what is to be measured."""
+    few = recipe.model_copy(
+        update={"eval": recipe.eval.model_copy(update={"max_problems": _NUM_SAMPLE_ROWS})}
+    )
+    found = evaluation_tasks(config, few)
+    findings = []
+    for source, tasks in zip(recipe.eval.datasets, found.values(), strict=True):
+        path = find_dataset(config, source)
+        kinds = "with tests" if any(task.has_tests for task in tasks) else "without tests"
+        where = "" if path == source else f"{path}: "
+        findings.append(Finding(f"dataset {source} (test)", f"{where}rows can be read, {kinds}"))
+    return findings
 
 
 def _check_sandbox(recipe: Recipe) -> list[Finding]:

@@ -115,9 +115,16 @@ def _draw_panel(axis: Axes, panel: Panel, colors: _Colors) -> None:
         axis.plot(
             series.steps, series.values, color=colors.palette[place], linestyle=_DASHES[place], linewidth=1.7
         )
-    axis.set_xlabel("step", fontsize=8)
-    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_TICK_STEPS))
+        if series.lows:
+            # One outline, not `fill_between`, whose SVG refers to ids that the page does without.
+            outline = ([*series.steps, *series.steps[::-1]], [*series.lows, *series.highs[::-1]])
+            axis.fill(*outline, color=colors.palette[place], alpha=0.15, linewidth=0)
+    axis.set_xlabel(panel.x_label, fontsize=8)
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=panel.x_label == "step", steps=_TICK_STEPS))
     axis.yaxis.set_major_locator(MaxNLocator(5, steps=_TICK_STEPS))
+    if panel.is_share:
+        axis.set_ylim(0, 1)
+        axis.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     _clean(axis, colors, grid_axis="y")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from wmtp.reporting.data import ReportRun
 from wmtp.reporting.text import format_number
@@ -15,20 +15,24 @@ _MAX_POINTS = 160
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line: its name, its place in the palette, and its points (steps in optimizer steps)."""
+    """One line: its name, its place in the palette, its points (steps in optimizer steps), intervals."""
 
     label: str
     color: int
     steps: list[float]
     values: list[float]
+    lows: list[float] = field(default_factory=list)
+    highs: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One small chart; `alt` says in words what it shows."""
+    """One small chart; `alt` says in words what it shows. Shares run from 0% to 100%."""
 
     title: str
     series: list[Series]
+    x_label: str = "step"
+    is_share: bool = False
 
     @property
     def alt(self) -> str:
@@ -38,7 +42,7 @@ class Panel:
             for series in self.series
         )
         last = max(series.steps[-1] for series in self.series)
-        return f"{self.title} up to step {last:.0f}: {ends}."
+        return f"{self.title} up to {self.x_label} {last:g}: {ends}."
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,86 @@ class ProgramSample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRef:
+    """One program of a problem in an evaluation's details.
+
+    Args:
+        line: its line in the file of generations, from 1.
+        temperature: at which it was sampled.
+        sample: its number among the problem's samples at that temperature.
+        kind: `passed`, or why not.
+        href: where it can be seen, relative to the report.
+    """
+
+    line: int
+    temperature: float
+    sample: int
+    kind: str
+    href: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProblemVerdicts:
+    """All programs of one problem; `href` is where they can be seen, relative to the report."""
+
+    task_id: str
+    generations: Sequence[GenerationRef]
+    href: str
+
+    @property
+    def num_passed(self) -> int:
+        """How many of its programs passed."""
+        return sum(each.kind == "passed" for each in self.generations)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TemperatureScores:
+    """pass@k of a benchmark at one sampling temperature, by k."""
+
+    temperature: float
+    num_samples: int
+    scores: Mapping[int, Score]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchmarkDetail:
+    """What stands behind the scores of one benchmark.
+
+    Args:
+        benchmark: its name.
+        temperatures: in the order asked for; the first is the fixed one.
+        problems: in the order of the dataset.
+        file: the generations as data, relative to the report.
+        isolation: what stood between the programs and the machine.
+    """
+
+    benchmark: str
+    temperatures: Sequence[TemperatureScores]
+    problems: Sequence[ProblemVerdicts]
+    file: str = ""
+    isolation: str = "bubblewrap"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportTable:
+    """A table of its own section; the first cell of a row names it.
+
+    Args:
+        title: of the section.
+        caption: what the numbers are.
+        header: one name a column.
+        rows: texts, one a column.
+        metrics: names of the metrics it shows, which then need no other place.
+    """
+
+    title: str
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    metrics: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReportRun:
     """One run of a report. Everything but the name and the algorithm may be left out.
 
@@ -68,6 +148,8 @@ class ReportRun:
         settings_yaml: the settings that produced the run, secrets already redacted.
         timings: seconds per phase, in order.
         notes: remarks a reader must know, e.g. why something was not run.
+        benchmarks: what stands behind the scores; shown in a report of this run alone.
+        tables: further results, likewise.
     """
 
     name: str
@@ -80,3 +162,5 @@ class ReportRun:
     settings_yaml: str = ""
     timings: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    benchmarks: Sequence[BenchmarkDetail] = ()
+    tables: Sequence[ReportTable] = ()

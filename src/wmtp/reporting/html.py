@@ -10,7 +10,17 @@ from markupsafe import Markup
 
 from wmtp.reporting.charts import NUM_COLORS, SVG_DASHES, panel_svg
 from wmtp.reporting.curves import Section, curve_sections
-from wmtp.reporting.data import ProgramSample, ReportRun, TokenView
+from wmtp.reporting.data import BenchmarkDetail, ProblemVerdicts, ProgramSample, ReportRun, TokenView
+from wmtp.reporting.details import (
+    detail_caption,
+    kind_counts,
+    passed_text,
+    shows_every_program,
+    single_run_details,
+    temperature_panel,
+    temperature_table,
+    verdict_text,
+)
 from wmtp.reporting.summary import (
     ScoreTable,
     finding_table,
@@ -47,6 +57,8 @@ def render_html(title: str, runs: Sequence[ReportRun]) -> str:
         runs=runs,
         headline=headline(runs),
         tables=[_table(table, runs) for table in score_tables(runs)],
+        details=[_detail(detail) for detail in single_run_details(runs)[0]],
+        extra_tables=single_run_details(runs)[1],
         sections=[_section(section) for section in curve_sections(runs)],
         views=[_view(run, view) for run in runs for view in run.token_views],
         samples=[(run, sample, _verdict(sample)) for run in runs for sample in run.samples],
@@ -71,6 +83,43 @@ def _table(table: ScoreTable, runs: Sequence[ReportRun]) -> dict[str, object]:
         for row in table.rows
     ]
     return {"benchmark": table.benchmark, "ks": table.ks, "rows": rows}
+
+
+def _detail(detail: BenchmarkDetail) -> dict[str, object]:
+    panel = temperature_panel(detail)
+    return {
+        "name": detail.benchmark,
+        "caption": detail_caption(detail),
+        "temperatures": temperature_table(detail),
+        "curve": None if panel is None else _Picture(panel.title, panel.alt, Markup(panel_svg(panel))),
+        "legend": []
+        if panel is None
+        else [(line.label, line.color % NUM_COLORS + 1) for line in panel.series],
+        "kinds": kind_counts(detail),
+        "problems": [_problem(problem, detail) for problem in detail.problems],
+        "file": detail.file,
+    }
+
+
+def _problem(problem: ProblemVerdicts, detail: BenchmarkDetail) -> dict[str, object]:
+    refs = [
+        {
+            "href": each.href,
+            "label": number,
+            "verdict": "good" if each.kind == "passed" else "bad",
+            "title": f"sample {each.sample + 1} at temperature {each.temperature:g}: {each.kind}",
+        }
+        for number, each in enumerate(problem.generations, 1)
+    ]
+    return {
+        "task_id": problem.task_id,
+        "href": problem.href,
+        "share": problem.num_passed / max(1, len(problem.generations)),
+        "passed": passed_text(problem),
+        "verdicts": verdict_text(problem),
+        "title": f"{problem.task_id}: {passed_text(problem)} passed",
+        "refs": refs if shows_every_program(detail) else [],
+    }
 
 
 def _section(section: Section) -> dict[str, object]:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from wmtp.reporting.curves import Section
-from wmtp.reporting.data import ProgramSample, ReportRun, TokenView
+from wmtp.reporting.data import BenchmarkDetail, ProgramSample, ReportRun, TokenView
+from wmtp.reporting.details import (
+    detail_caption,
+    kind_counts,
+    passed_text,
+    shows_every_program,
+    single_run_details,
+    temperature_table,
+    verdict_text,
+)
 from wmtp.reporting.summary import (
     ScoreTable,
     headline,
@@ -20,9 +29,15 @@ from wmtp.reporting.tokens import heaviest_tokens, tokens_as_lines
 
 
 def render_markdown(
-    title: str, runs: Sequence[ReportRun], pictures: Sequence[tuple[str, str]], sections: Sequence[Section]
+    title: str,
+    runs: Sequence[ReportRun],
+    pictures: Sequence[tuple[str, str]],
+    sections: Sequence[Section],
+    curves: Mapping[str, tuple[str, str]],
 ) -> str:
-    """Render the report; `pictures` are `(alt text, file)` of the bars and then of each of `sections`."""
+    """Render the report; `pictures` are `(alt text, file)` of the bars and then of each of `sections`,
+    `curves` those over temperature, by benchmark.
+    """
     top = headline(runs)
     lines = [f"# {_escape(title)}", "", f"**{_escape(top.conclusion)}** {_escape(top.detail)}".rstrip(), ""]
     notes = [
@@ -35,6 +50,13 @@ def render_markdown(
     tables = score_tables(runs)
     for table, picture in zip(tables, pictures, strict=False):
         lines += [*_scores(table), _image(picture), ""]
+    details, extra_tables = single_run_details(runs)
+    for detail in details:
+        lines += _detail(detail, curves.get(detail.benchmark))
+    for extra in extra_tables:
+        rows = [[_escape(cell) for cell in row] for row in extra.rows]
+        header = [_escape(name) for name in extra.header]
+        lines += [f"## {_escape(extra.title)}", "", _escape(extra.caption), "", *_table(header, rows), ""]
     views = [(run, view) for run in runs for view in run.token_views]
     if views:
         lines += [
@@ -65,6 +87,31 @@ def _scores(table: ScoreTable) -> list[str]:
         problems = "" if row.main.num_problems is None else str(row.main.num_problems)
         rows.append([f"**{name}**" if row.is_best else name, *values, interval_text(row.main), problems])
     return [f"## Programs that pass: {_escape(table.benchmark)}", "", *_table(header, rows), ""]
+
+
+def _detail(detail: BenchmarkDetail, curve: tuple[str, str] | None) -> list[str]:
+    table = temperature_table(detail)
+    kinds = [[_escape(kind), str(count), format_percent(share)] for kind, count, share in kind_counts(detail)]
+    problems = []
+    for problem in detail.problems:
+        refs = [f"[{number}]({each.href})" for number, each in enumerate(problem.generations, 1)]
+        programs = " ".join(refs) if shows_every_program(detail) else f"[all]({problem.href})"
+        problems.append([_escape(problem.task_id), passed_text(problem), verdict_text(problem), programs])
+    data = ["", f"As data, with tokens, seeds and messages: [{detail.file}]({detail.file})."]
+    return [
+        f"## In detail: {_escape(detail.benchmark)}",
+        "",
+        detail_caption(detail),
+        "",
+        *_table(table.header, table.rows),
+        "",
+        *([] if curve is None else [_image(curve), ""]),
+        *_table(["Verdict", "Programs", "Share"], kinds),
+        "",
+        *_table(["Problem", "Passed", "Verdicts", "Programs"], problems),
+        *(data if detail.file else []),
+        "",
+    ]
 
 
 def _view(run: ReportRun, view: TokenView) -> list[str]:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wmtp.reporting.curves import curve_sections
+from wmtp.reporting.curves import Section, curve_sections
 from wmtp.reporting.data import ReportRun
+from wmtp.reporting.details import single_run_details, temperature_panel
 from wmtp.reporting.summary import score_tables
 from wmtp.reporting.text import format_percent
 
@@ -49,6 +50,16 @@ def write_report(folder: str | os.PathLike[str], title: str, runs: Sequence[Repo
         path.write_bytes(score_png(table, labels, places))
         values = ", ".join(f"{row.run.name} {format_percent(row.main.value)}" for row in table.rows)
         pictures.append((f"pass@{table.ks[0]} on {table.benchmark}: {values}", path))
+    curves: dict[str, tuple[str, str]] = {}
+    for index, detail in enumerate(single_run_details(runs)[0]):
+        panel = temperature_panel(detail)
+        if panel is not None:
+            legend = [(line.label, line.color) for line in panel.series]
+            path = figures / f"temperature_{index + 1}.png"
+            path.write_bytes(
+                section_png(Section(panel.title, "", [panel], legend), [label for label, _ in legend])
+            )
+            curves[detail.benchmark] = (panel.alt, path.relative_to(folder).as_posix())
     sections = curve_sections(runs)
     for section in sections:
         path = figures / f"{section.title.lower().replace(' ', '_')}.png"
@@ -58,5 +69,5 @@ def write_report(folder: str | os.PathLike[str], title: str, runs: Sequence[Repo
     paths = ReportPaths(folder / "report.html", folder / "report.md", [path for _, path in pictures])
     paths.html.write_text(render_html(title, runs), encoding="utf-8")
     linked = [(alt, path.relative_to(folder).as_posix()) for alt, path in pictures]
-    paths.markdown.write_text(render_markdown(title, runs, linked, sections), encoding="utf-8")
+    paths.markdown.write_text(render_markdown(title, runs, linked, sections, curves), encoding="utf-8")
     return paths

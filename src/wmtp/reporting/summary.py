@@ -79,11 +79,15 @@ def metric_table(runs: Sequence[ReportRun]) -> list[tuple[str, list[str]]]:
 
 
 def finding_table(runs: Sequence[ReportRun]) -> list[tuple[str, list[str]]]:
-    """The final metrics that are results of their own: all but the curves' last values and pass@k."""
+    """The final metrics that are results of their own: all but the curves' last values, pass@k, and what a
+    table of its own shows.
+    """
+    tables = runs[0].tables if len(runs) == 1 else ()
+    shown = {name for table in tables for name in table.metrics}
     return [
         (name, cells)
         for name, cells in metric_table(runs)
-        if not name.startswith(("train/", "val/")) and "_pass_at_" not in name
+        if not name.startswith(("train/", "val/")) and "_pass_at_" not in name and name not in shown
     ]
 
 

@@ -71,7 +71,9 @@ _TABLE = (
         "use a local path, an s3:// address, models:/name/version, or null to train one",
     ),
     _Unavailable(
-        "eval.types", _among("exact-match", "self-speculation"), "use meta-mtp, perplexity or token-accuracy"
+        "eval.types",
+        _among("self-speculation"),
+        "use meta-mtp, exact-match, perplexity or token-accuracy",
     ),
 )
 

@@ -35,8 +35,16 @@ class EvalSettings(Section):
         default=1.0, description="Nucleus: smallest set of tokens with this probability; 1 is off."
     )
     top_k: int = Field(default=0, ge=0, description="Sample among this many likeliest tokens; 0 is off.")
+    min_p: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0,
+        description="Sample among tokens at least this likely relative to the likeliest; 0 is off.",
+    )
     max_new_tokens: int = Field(default=256, ge=1, description="Longest generated program, in tokens.")
     batch_size: int = Field(default=64, ge=1, description="Programs generated at once.")
+    mbpp_shots: Literal[0, 3] = Field(
+        default=0,
+        description="MBPP prompt: 0 is a docstring, 3 the authors' with tasks 2, 3 and 4 solved before.",
+    )
     max_problems: int | None = Field(
         default=None, ge=1, description="Most problems of each dataset; null takes all."
     )

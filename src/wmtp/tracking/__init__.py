@@ -11,7 +11,7 @@ from wmtp.tracking.base import (
 )
 from wmtp.tracking.checkpoint_records import CheckpointRecord
 from wmtp.tracking.composite import CompositeTracker
-from wmtp.tracking.console import PhaseDisplay, ProgressDisplay
+from wmtp.tracking.console import PhaseDisplay, ProgressDisplay, StageDisplay
 from wmtp.tracking.create import create_mlflow_manager, create_tracker, tracking_address
 from wmtp.tracking.lookup import checkpoints_of, download_model_artifact, resolve_run_uri
 from wmtp.tracking.metrics_file import METRICS_FILE_NAME, MetricsFile, read_metrics
@@ -27,6 +27,7 @@ __all__ = [
     "PhaseDisplay",
     "ProgressDisplay",
     "RunStatus",
+    "StageDisplay",
     "Tracker",
     "TrackingWarning",
     "checkpoints_of",

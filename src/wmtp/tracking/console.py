@@ -12,7 +12,14 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from wmtp.reporting.text import format_duration
@@ -92,6 +99,54 @@ class ProgressDisplay:
         if _MEMORY in metrics:
             parts.append(f"{metrics[_MEMORY]:.2f} GiB")
         return "  ".join(parts)
+
+
+class StageDisplay:
+    """Progress of work that counts what is done, stage by stage, such as programs generated and run.
+
+    In a terminal one line is redrawn in place. Elsewhere a stage prints one plain line when it is done.
+
+    Args:
+        console: where to draw; default: standard error.
+    """
+
+    def __init__(self, *, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._stage = ""
+        self._started = time.monotonic()
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}", markup=False, style="bold"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+
+    def __enter__(self) -> Self:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def update(self, stage: str, num_done: int, num_total: int) -> None:
+        """Show that so many of so many are done; a new name begins a new stage."""
+        if stage != self._stage:
+            self._stage, self._started = stage, time.monotonic()
+            if self._progress is not None:
+                self._task = self._progress.add_task(stage, total=num_total)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=num_done)
+        elif num_done == num_total:
+            seconds = format_duration(time.monotonic() - self._started)
+            self._console.print(Text(f"{stage}: {num_total} done in {seconds}"), soft_wrap=True)
 
 
 class PhaseDisplay:

@@ -19,6 +19,7 @@ from wmtp.components.evaluator import (
     TokenAccuracyEvaluator,
     measure_accuracy,
     measure_losses,
+    measure_validation,
 )
 from wmtp.components.tokenizer import HfTokenizer, TokenizerSettings
 from wmtp.evaluation.microcode import build_tokenizer
@@ -128,7 +129,68 @@ def test_accuracy_equals_plain_loops_whatever_the_chunk(
     }
     assert expected["token_accuracy_head_0"] == 1.0
     assert 0.0 < expected["token_accuracy_head_1"] < 1.0
-    assert measure_accuracy(model, collate(rows, 4)) == expected
+    measured = measure_accuracy(model, collate(rows, 4))
+    assert {name: value for name, value in measured.items() if name.startswith("token_")} == expected
+
+
+def naive_acceptance(model: MTPModel, rows: list[Feature]) -> dict[str, float]:
+    """Position by position: do heads 1..h at t say what head 0 says at t+1..t+h, all of them?"""
+    accepted: dict[int, list[bool]] = {head: [] for head in range(1, HORIZON)}
+    for row in rows:
+        length = len(row["input_ids"])
+        with torch.no_grad():
+            logits = model(torch.tensor([row["input_ids"]])).logits()[0]
+        for t in range(length):
+            for h in range(1, HORIZON):
+                if t + h + 1 < length and all(row["labels"][t + j + 1] != -100 for j in range(h + 1)):
+                    says = [int(logits[t, j].argmax()) for j in range(1, h + 1)]
+                    written = [int(logits[t + j, 0].argmax()) for j in range(1, h + 1)]
+                    accepted[h].append(says == written)
+    return {f"acceptance_proxy_head_{head}": sum(each) / len(each) for head, each in accepted.items()}
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 11])
+def test_acceptance_equals_plain_loops_whatever_the_batch_size(batch_size: int) -> None:
+    model, rows = build_model(), features(30)
+    with torch.no_grad():
+        # Heads that agree with head 0 now and then: copies of it, disturbed a little.
+        model.extra_heads.load_state_dict(
+            MTPModel.from_causal_lm(model.causal_lm, horizon=HORIZON).extra_heads.state_dict()
+        )
+        for head, extra in enumerate(model.extra_heads):
+            for parameter in extra.parameters():
+                parameter.add_(0.05 * (head + 1) * torch.randn_like(parameter))
+        # Rows of one repeated token, on which a head is right that only knows the past.
+        for row in rows[::2]:
+            row["input_ids"] = [row["input_ids"][0]] * len(row["input_ids"])
+    expected = naive_acceptance(model, rows)
+    assert 0.0 < expected["acceptance_proxy_head_2"] < expected["acceptance_proxy_head_1"] < 1.0
+    measured = measure_accuracy(model, collate(rows, batch_size))
+    assert {name: measured[name] for name in expected} == expected
+    total = 1 + sum(expected.values())
+    assert measured["acceptance_proxy_tokens_per_forward"] == pytest.approx(total, rel=1e-12)
+
+
+def test_acceptance_is_not_counted_across_documents_that_share_a_row() -> None:
+    model, rows = build_model(), features(12, shortest=5)
+    assert measure_accuracy(model, collate([rows[:6], rows[6:]], 2)) == measure_accuracy(
+        model, collate(rows, 1)
+    )
+
+
+def test_heads_that_cannot_draft_have_accuracy_and_no_acceptance() -> None:
+    causal_lm = build_model().causal_lm
+    model = MTPModel.from_causal_lm(causal_lm, horizon=2, offsets=[1, 3])
+    collator = MTPDataCollator({"tokenizer": build_tokenizer(), "horizon": 2, "offsets": [1, 3]})
+    metrics = measure_accuracy(model, [collator(features())])
+    assert set(metrics) == {"token_accuracy_head_0", "token_accuracy_head_1"}
+
+
+def test_validation_measures_everything_in_one_pass() -> None:
+    model, batches = build_model(), collate(features(), 4)
+    losses, accuracy = measure_losses(model, batches), measure_accuracy(model, batches)
+    measured = measure_validation(model, iter(batches))
+    assert measured == losses | {f"val/{name}": value for name, value in accuracy.items()}
 
 
 def test_a_head_without_targets_is_left_out() -> None:
@@ -139,7 +201,7 @@ def test_a_head_without_targets_is_left_out() -> None:
     assert "token_accuracy_head_2" not in measure_accuracy(build_model(), collate(rows, 1))
 
 
-@pytest.mark.parametrize("measure", [measure_losses, measure_accuracy])
+@pytest.mark.parametrize("measure", [measure_losses, measure_accuracy, measure_validation])
 @pytest.mark.parametrize("rows", [[], [{"input_ids": [1, 2, 3], "labels": [-100, -100, -100]}]])
 def test_batches_without_targets_are_an_error(measure: Any, rows: list[Feature]) -> None:
     with pytest.raises(ValueError, match="no target"):

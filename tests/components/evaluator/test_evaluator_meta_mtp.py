@@ -7,66 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+from evaluator_answers import ANSWERS, EXPECTED_STATUS, TESTS, task
+from transformers import GPT2Config, LlamaConfig
 
 from wmtp.components.evaluator import EvaluatorContext, MetaMtpEvaluator
-from wmtp.components.evaluator.meta_mtp import context_length, problem_key
+from wmtp.components.evaluator.generating import context_length, problem_key
 from wmtp.components.registry import evaluator_registry
-from wmtp.components.tokenizer import HfTokenizer, TokenizerSettings
+from wmtp.components.tokenizer import HfTokenizer
 from wmtp.decoding import generate
 from wmtp.evaluation import Task, assemble_program
-from wmtp.evaluation.microcode import build_tokenizer
+from wmtp.evaluation.tasks import HUMANEVAL_STOP
 from wmtp.exceptions import SandboxUnavailableError, UserInputError
 from wmtp.execution import SandboxStatus, run_program
 from wmtp.modeling import MTPModel
 from wmtp.settings.recipe_eval import EvalSettings
-
-TESTS = "assert f(3) == 6\nassert f(0) == 0\n"
-ANSWERS = {
-    "right": "def f(x):\n    return 2 * x\n",
-    "wrong": "def f(x):\n    return x\n",
-    "broken": "def f(x) return\n",
-    "endless": "def f(x):\n    while True: pass\n",
-}
-EXPECTED_STATUS = {"right": "passed", "wrong": "failed", "broken": "error", "endless": "timeout"}
-
-
-def task(name: str, **changes: Any) -> Task:
-    return Task(**{"task_id": name, "prompt": f"{name}:\n", "tests": TESTS, **changes})
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> HfTokenizer:
-    return HfTokenizer(TokenizerSettings(tokenizer=build_tokenizer()))
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer: HfTokenizer) -> MTPModel:
-    """Trained until it writes every answer after its prompt."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer.tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=tokenizer.tokenizer.pad_token_id,
-        bos_token_id=tokenizer.tokenizer.bos_token_id,
-        eos_token_id=tokenizer.tokenizer.eos_token_id,
-    )
-    causal_lm = LlamaForCausalLM(config)
-    rows = [{"prompt": f"{name}:\n", "completion": answer} for name, answer in ANSWERS.items()]
-    features = tokenizer.tokenize_dataset(rows)
-    optimizer = torch.optim.Adam(causal_lm.parameters(), lr=1e-2)
-    for _ in range(60):
-        for feature in features:
-            ids, labels = torch.tensor([feature["input_ids"]]), torch.tensor([feature["labels"]])
-            causal_lm(input_ids=ids, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return MTPModel.from_causal_lm(causal_lm.eval(), horizon=2)
 
 
 def settings(**changes: Any) -> EvalSettings:
@@ -92,7 +46,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def test_pass_at_1_counts_the_programs_that_return_right_values(
     model: MTPModel, tokenizer: HfTokenizer, tmp_path: Path
 ) -> None:
-    tasks = [task(name) for name in ANSWERS]
+    tasks = [task(name) for name in EXPECTED_STATUS]
     result = evaluate(model, tokenizer, {"microcode": tasks}, path=tmp_path)
     assert result.metrics["microcode_pass_at_1"] == 0.25
     assert 0.0 <= result.metrics["microcode_pass_at_1_ci_low"] <= 0.25
@@ -202,6 +156,49 @@ def test_every_task_stops_at_its_own_strings(model: MTPModel, tokenizer: HfToken
     assert [p.num_correct for p in result.datasets["toy"].temperatures[0].problems] == [1, 0, 0]
 
 
+def test_an_answer_in_a_fence_is_written_to_its_end_though_stop_strings_stand_in_it(
+    model: MTPModel, tokenizer: HfTokenizer, tmp_path: Path
+) -> None:
+    tasks = [task("right", stop=HUMANEVAL_STOP), task("fenced", stop=HUMANEVAL_STOP, entry_point="f")]
+    result = evaluate(model, tokenizer, {"toy": tasks}, path=tmp_path)
+    lines = read_lines(tmp_path / "toy.generations.jsonl")
+    assert lines[1]["completion"] == ANSWERS["fenced"]
+    assert lines[1]["program"] == "\n    pass\n\n" + ANSWERS["right"]
+    assert result.datasets["toy"].temperatures[0].statuses["error"] == 1
+    begun = task(
+        "fenced", prompt="fenced:\n", program_prefix="def f(x):", stop=HUMANEVAL_STOP, entry_point="f"
+    )
+    assert evaluate(model, tokenizer, {"toy": [begun]}).metrics["toy_pass_at_1"] == 1.0
+
+
+def test_contests_are_also_reported_at_five_and_run_on_their_inputs(
+    model: MTPModel, tokenizer: HfTokenizer
+) -> None:
+    # The model answers with a function; a line before it makes it a program that reads and prints.
+    prefix = "import atexit\natexit.register(lambda: print(f(int(input()))))\n"
+    cases = (("3\n", "6\n"), ("0\n", " 0"))
+    tasks = [
+        task(name, tests="", cases=cases, program_prefix=prefix, benchmark="contest", form="program")
+        for name in ("right", "wrong")
+    ]
+    settings = {"num_samples": 10, "temperatures": [1e-9], "k": [1]}
+    result = evaluate(model, tokenizer, {"contest": tasks}, **settings)
+    for k in (1, 5, 10):
+        assert result.metrics[f"contest_pass_at_{k}"] == 0.5
+    assert result.datasets["contest"].temperatures[0].statuses == {"passed": 10, "failed": 10}
+
+
+def test_problems_without_tests_are_left_out_and_noted(model: MTPModel, tokenizer: HfTokenizer) -> None:
+    tasks = {"own": [task("right"), task("text", tests="")], "texts": [task("text", tests="")]}
+    result = evaluate(model, tokenizer, tasks)
+    assert result.metrics["own_pass_at_1"] == 1.0
+    assert "texts" not in result.datasets
+    assert [note for note in result.notes if "no tests" in note] == [
+        "own: 1 problem(s) have no tests that can be run; left out.",
+        "texts: 1 problem(s) have no tests that can be run; left out.",
+    ]
+
+
 def test_a_prompt_longer_than_the_context_fails_its_problem_and_nothing_else(
     model: MTPModel, tokenizer: HfTokenizer, tmp_path: Path
 ) -> None:
@@ -226,7 +223,7 @@ def test_nothing_is_generated_or_written_where_no_sandbox_works(
     model: MTPModel, tokenizer: HfTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     status = SandboxStatus(available=False, kind="none", reason="no namespaces", remedy="allow them")
-    monkeypatch.setattr("wmtp.components.evaluator.meta_mtp.check_sandbox", lambda: status)
+    monkeypatch.setattr("wmtp.components.evaluator.judging.check_sandbox", lambda: status)
     seen: list[str] = []
     context = EvaluatorContext(
         model=model,
@@ -290,3 +287,15 @@ def test_context_length_is_read_under_every_familys_name() -> None:
 def test_evaluators_are_found_by_their_keys() -> None:
     assert {"meta-mtp", "perplexity", "token-accuracy"} <= set(evaluator_registry.keys())
     assert isinstance(evaluator_registry.create("meta-mtp", settings()), MetaMtpEvaluator)
+
+
+def test_an_interval_without_width_is_explained(model: MTPModel, tokenizer: HfTokenizer) -> None:
+    result = evaluate(
+        model,
+        tokenizer,
+        {"none": [task("wrong")], "all": [task("right")], "some": [task("right"), task("wrong")]},
+    )
+    notes = [note for note in result.notes if "no width" in note]
+    assert [note.partition(":")[0] for note in notes] == ["none", "all"]
+    # 0.05 = (1 - p) ^ 1 at p = 0.95.
+    assert all("may still be 95.0% away" in note for note in notes)

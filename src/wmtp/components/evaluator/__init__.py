@@ -1,4 +1,4 @@
-"""Evaluators: pass@k of generated programs, perplexity and token accuracy per head."""
+"""Evaluators: pass@k of generated programs, exact match, perplexity and token accuracy per head."""
 
 from wmtp.components.evaluator.base import (
     DatasetResult,
@@ -8,11 +8,14 @@ from wmtp.components.evaluator.base import (
     ProgressCallback,
     TemperatureResult,
 )
+from wmtp.components.evaluator.exact_match import ExactMatchEvaluator
+from wmtp.components.evaluator.fingerprint import model_fingerprint, tokenizer_fingerprint
 from wmtp.components.evaluator.losses import (
     PerplexityEvaluator,
     TokenAccuracyEvaluator,
     measure_accuracy,
     measure_losses,
+    measure_validation,
 )
 from wmtp.components.evaluator.meta_mtp import MetaMtpEvaluator
 
@@ -20,6 +23,7 @@ __all__ = [
     "DatasetResult",
     "EvaluationResult",
     "EvaluatorContext",
+    "ExactMatchEvaluator",
     "MetaMtpEvaluator",
     "PerplexityEvaluator",
     "ProblemResult",
@@ -28,4 +32,7 @@ __all__ = [
     "TokenAccuracyEvaluator",
     "measure_accuracy",
     "measure_losses",
+    "measure_validation",
+    "model_fingerprint",
+    "tokenizer_fingerprint",
 ]

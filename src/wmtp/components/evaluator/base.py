@@ -31,6 +31,8 @@ class EvaluatorContext:
         tasks: programming tasks by dataset name.
         batches: held-out batches from a collator; may be iterated once.
         output_dir: where generations and verdicts are written; None writes nothing.
+        fingerprint: stands for the model as it was loaded and its tokenizer; records of an interrupted
+            evaluation count only where it is the same. Empty: made where it is needed.
         unsafe_execution: run programs without a sandbox where none works.
         autocast: the run's precision, entered around forwards.
         on_progress: called as work gets done.
@@ -41,6 +43,7 @@ class EvaluatorContext:
     tasks: Mapping[str, list[Task]] = field(default_factory=dict)
     batches: Iterable[Batch] = ()
     output_dir: Path | None = None
+    fingerprint: str = ""
     unsafe_execution: bool = False
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     on_progress: ProgressCallback = ignore_progress

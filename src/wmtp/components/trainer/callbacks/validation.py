@@ -1,4 +1,4 @@
-"""Losses on held-out data while training goes on."""
+"""Losses and accuracies on held-out data while training goes on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ValidationCallback(Callback):
-    """Logs `val/loss` and `val/ce_head_{h}` every `every_steps` updates and after the last."""
+    """Logs what `measure` returns (`val/...`) every `every_steps` updates and after the last."""
 
     def __init__(self, measure: Callable[[], dict[str, float]], tracker: Tracker, every_steps: int) -> None:
         self.measure = measure
