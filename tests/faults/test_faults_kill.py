@@ -116,7 +116,6 @@ def test_killed_runs_on_s3_end_like_one_left_alone(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
     "changes",
@@ -130,7 +129,6 @@ def test_many_kills(changes: dict[str, Any], seed: int, process: Zygote, model: 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.s3
 @pytest.mark.parametrize(
     "changes", [ACCUMULATED, RHO1, CRITIC, BEST], ids=["plain", "rho1", "critic", "best"]
