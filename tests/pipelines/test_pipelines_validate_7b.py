@@ -129,12 +129,14 @@ def test_rho1_of_7b_is_validated_in_seconds_and_without_its_memory(tmp_path: Pat
     arguments = _arguments("rho1", tmp_path, base=META_7B, ref=CODE_LLAMA)
     # Peak resident size of the process itself, weights of 7B would be 25 GiB.
     script = (
-        "import resource, sys\n"
+        "import re, sys, time\n"
+        "from pathlib import Path\n"
         "from wmtp.cli.app import main\n"
         "try:\n    main(sys.argv[1:])\n"
         "finally:\n"
-        "    used = resource.getrusage(resource.RUSAGE_SELF)\n"
-        "    print('used', used.ru_maxrss, used.ru_utime + used.ru_stime, file=sys.stderr)\n"
+        # Of this process alone: what resource.getrusage knows includes the one it was forked from.
+        "    peak = re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1]\n"
+        "    print('used', peak, time.process_time(), file=sys.stderr)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments],
@@ -145,7 +147,7 @@ def test_rho1_of_7b_is_validated_in_seconds_and_without_its_memory(tmp_path: Pat
     )
     assert done.returncode == 0, done.stderr
     peak, seconds = done.stderr.split("used ")[-1].split()
-    assert int(peak) * (1 if sys.platform == "darwin" else 1024) < 1.5 * 2**30
+    assert int(peak) * 1024 < 1.5 * 2**30
     # Of the processor's time: the machine may be busy with other tests.
     assert float(seconds) < 60
     found = _findings(done.stdout)

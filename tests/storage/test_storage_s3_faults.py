@@ -218,7 +218,7 @@ def test_tries_end_at_the_deadline_and_say_how_many_they_were(proxy: FaultProxy,
         StorageUnavailableError, match=r"503 SlowDown: said so \(after (\d+) tries in [12]\.\d s\)"
     ):
         read_whole(hurried)
-    assert 1.4 < time.monotonic() - begin < 3.0
+    assert 1.4 < time.monotonic() - begin < 10.0
     assert 4 <= proxy.count("GET") <= 10  # they come more rarely as time goes on
 
 
