@@ -1,12 +1,19 @@
-"""Generation from causal language models."""
+"""Generation from causal language models, token by token or by self-speculation."""
 
-from wmtp.decoding.generation import DecoderProtocol, Generation, generate
+from wmtp.decoding.counts import GenerationCounts
+from wmtp.decoding.generation import Generation, Speculation, generate
+from wmtp.decoding.protocols import DecoderProtocol, DraftingModel
 from wmtp.decoding.sampling import SamplingSettings, choose_tokens, position_uniforms, shape_logits
+from wmtp.decoding.tree import DraftTree
 
 __all__ = [
     "DecoderProtocol",
+    "DraftTree",
+    "DraftingModel",
     "Generation",
+    "GenerationCounts",
     "SamplingSettings",
+    "Speculation",
     "choose_tokens",
     "generate",
     "position_uniforms",

@@ -11,15 +11,17 @@ predicts token t + offsets[h], by default t+h+1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from wmtp.exceptions import ModelLoadError, UserInputError
+from wmtp.modeling.drafting import HeadsSession
 from wmtp.modeling.formats.export import save_mtp_model
 from wmtp.modeling.formats.load import load_mtp_model
 from wmtp.modeling.formats.sources import ModelSource
@@ -35,9 +37,10 @@ from wmtp.modeling.heads import (
     shift_left,
 )
 from wmtp.modeling.lora import LoraAdapters
-from wmtp.modeling.outputs import LayerArguments, MTPOutput, TrunkOutput
+from wmtp.modeling.outputs import MTPOutput, TrunkOutput
 from wmtp.modeling.packing import plan_attention
 from wmtp.modeling.probe import verify_document_isolation, verify_structure
+from wmtp.modeling.recording import LastLayerRecorder, LastLayerTap
 from wmtp.modeling.state_dict import drop_tied_copies, restore_tied_copies
 from wmtp.modeling.structure import find_decoder_parts, find_logit_transform
 
@@ -236,21 +239,39 @@ class MTPModel(nn.Module):
         """Map hidden states [..., D] after the final norm to logits [..., V], as the wrapped model does."""
         return self._logit_transform(self._unembedding(hidden))
 
+    def unembed_part(self, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return a map of hidden states [..., D] to the logits of some tokens, [..., number of them]."""
+        bias_V = self.unembedding_bias_V
+        weight, bias = self.unembedding_VD[token_ids], None if bias_V is None else bias_V[token_ids]
+        return lambda hidden: self._logit_transform(nn.functional.linear(hidden, weight, bias))
+
     def run_trunk_unchecked(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
     ) -> TrunkOutput:
-        """Run the trunk on what the wrapped model takes, with no plan for documents and no check."""
+        """Run the trunk on what the wrapped model takes, with no plan for documents and no check.
+
+        With a cache its layers write to it, and so do layers run with the arguments that come back.
+        """
         parts = self._parts
-        optional = {"attention_mask": attention_mask, "position_ids": position_ids}
+        optional = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": cache,
+        }
         given = {name: value for name, value in optional.items() if value is not None}
-        recorder = _LastLayerRecorder(input_ids)
+        recorder = LastLayerRecorder(input_ids)
         # The wrapped model prepares masks and positions in its own way and then meets the recorder where its
-        # last layer was. Without a cache: a copied layer keeps its cache index and would attend to head 0's
-        # keys.
+        # last layer was. Without a cache, if none is asked for: a copied layer keeps its cache index and would
+        # attend to head 0's keys.
         last_layer = parts.layers[-1]
         parts.layers[-1] = recorder
         try:
-            parts.base(input_ids=input_ids, use_cache=False, **given)
+            parts.base(input_ids=input_ids, use_cache=cache is not None, **given)
         finally:
             parts.layers[-1] = last_layer
         return recorder.recorded
@@ -286,6 +307,22 @@ class MTPModel(nn.Module):
         """Whether the heads can guess the next H tokens: one after another, without being given them."""
         is_contiguous = self.offsets == tuple(range(1, self.horizon + 1))
         return is_contiguous and self.horizon > 1 and self.head_form != "teacher_forcing"
+
+    @contextmanager
+    def decoding_session(self) -> Iterator[HeadsSession]:
+        """Make the heads ready to draft inside the block; see `wmtp.decoding`.
+
+        Raises:
+            UserInputError: they cannot draft.
+        """
+        tap = LastLayerTap()
+        with tap.listening(self.last_layer):
+            yield HeadsSession(self, tap)
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The wrapped model without its unembedding."""
+        return self._parts.base
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -362,24 +399,3 @@ class MTPModel(nn.Module):
     @property
     def _is_on_meta_device(self) -> bool:
         return any(parameter.is_meta for parameter in self.parameters())
-
-
-class _LastLayerRecorder(nn.Module):
-    """Stands in for the last decoder layer and notes what it was called with."""
-
-    def __init__(self, input_ids_BS: Tensor) -> None:
-        super().__init__()
-        self._input_ids_BS = input_ids_BS
-        self._recorded: TrunkOutput | None = None
-
-    def forward(self, *positional: Any, **keyword: Any) -> Tensor:
-        trunk_BSD: Tensor = positional[0] if positional else keyword.pop("hidden_states")
-        self._recorded = TrunkOutput(trunk_BSD, LayerArguments(positional[1:], keyword), self._input_ids_BS)
-        # What the wrapped model makes of it (its final norm) is not used.
-        return trunk_BSD
-
-    @property
-    def recorded(self) -> TrunkOutput:
-        if self._recorded is None:
-            raise ModelLoadError("the wrapped model did not run its last decoder layer")
-        return self._recorded
