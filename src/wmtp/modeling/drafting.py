@@ -16,6 +16,7 @@ from wmtp.decoding.tree import DraftTree
 from wmtp.exceptions import UserInputError
 from wmtp.modeling.drafters import ResidualDrafter, SequentialDrafter, TransformerDrafter
 from wmtp.modeling.outputs import TrunkOutput
+from wmtp.modeling.probe import differs
 from wmtp.modeling.recording import LastLayerRecorder, LastLayerTap
 
 if TYPE_CHECKING:
@@ -118,6 +119,43 @@ class _Skip(nn.Module):
     def forward(self, hidden_states: Tensor, *positional: Any, **keyword: Any) -> Any:
         """Return the hidden states."""
         return (hidden_states,) if self._tap.answers_in_tuple else hidden_states
+
+
+def verify_drafting(session: HeadsSession) -> None:
+    """Check on a few tokens that blocks on the cache give what the whole text gives.
+
+    Raises:
+        UserInputError: they do not: the model ignores or refuses the masks and positions of blocks.
+    """
+    name = type(session.model.causal_lm).__name__
+    try:
+        actual, expected = _probe_block(session)
+    # A family that takes no mask of its own (ALiBi) fails in a way of its own.
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise UserInputError(
+            f"{name} cannot be run on blocks of tokens: {error}", remedy=_PLAIN_REMEDY
+        ) from error
+    if differs(actual, expected):
+        raise UserInputError(
+            f"{name} gives other results for a block of tokens than for the whole text", remedy=_PLAIN_REMEDY
+        )
+
+
+def _probe_block(session: HeadsSession) -> tuple[Tensor, Tensor]:
+    """Return head 0's states of a block on the cache, and of the same tokens in the whole text."""
+    model, num_drafts = session.model, session.model.horizon - 1
+    num_prompt, num_nodes = 4, num_drafts + 1
+    length = num_prompt + num_nodes
+    rows_B1 = torch.arange(2, device=session.device)[:, None]
+    tokens_BS = (7 * torch.arange(length, device=session.device) + rows_B1) % session.vocab_size
+    expected_BSD = model.run_head(0, model.run_trunk_unchecked(tokens_BS))
+    drafter = session.build_drafter(2, 2 * length, DraftTree.chain(num_drafts))
+    drafter.run_prompt(tokens_BS[:, :num_prompt])
+    # Rows at columns of their own; the second one's block is written over the end of its prompt.
+    start_B = torch.tensor([num_prompt, num_prompt - 1], device=session.device)
+    positions_BT = start_B[:, None] + torch.arange(num_nodes, device=session.device)
+    block_BTD = drafter.run_block(tokens_BS[rows_B1, positions_BT], positions_BT, start_B, length)
+    return block_BTD, expected_BSD[rows_B1, positions_BT]
 
 
 def attention_windows(config: PreTrainedConfig) -> dict[str, int | None]:

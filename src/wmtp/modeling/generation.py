@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from wmtp.decoding import GenerationCounts, Speculation, generate
 from wmtp.exceptions import UserInputError
+from wmtp.modeling.formats.configuration import context_length
 
 if TYPE_CHECKING:
     from wmtp.modeling.mtp_model import MTPModel
@@ -128,14 +129,6 @@ def generate_tokens(
     return GenerateOutput(
         torch.cat([input_ids, new_ids], dim=1), counts.num_forwards, counts.accepted_per_head
     )
-
-
-def context_length(config: PreTrainedConfig) -> int | None:
-    """Return how many positions a model was built for; None where its configuration names no limit."""
-    text_config = config.get_text_config(decoder=True)
-    name = text_config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-    length = text_config.to_dict().get(name)
-    return None if length is None else int(length)
 
 
 def _prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
