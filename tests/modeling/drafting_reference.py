@@ -8,21 +8,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from modeling_families import FAMILIES, VOCAB_SIZE, build_causal_lm, perturb
+from modeling_families import FAMILIES, build_causal_lm, perturb
 
 from wmtp.modeling import MTPModel
 
+VOCAB_SIZE = 12
 FORMS = ("transformer", "linear", "medusa", "sequential")
 
 
 def build_drafting_model(
-    family: str, form: str, *, horizon: int = 4, scale: float = 0.05, **changes: object
+    family: str, form: str, *, horizon: int = 4, scale: float = 0.3, **changes: object
 ) -> MTPModel:
-    """A random float64 model whose heads all differ; scale 0 leaves them as new heads start, as copies."""
+    """A random float64 model of few tokens, so that drafts stand by chance, and of large weights, so that
+    each token depends on all before it. Its heads all differ; scale 0 leaves them as they start, as copies.
+    """
     if family == "mixtral":
         # The fused kernel of its experts knows no float64.
         changes = {"experts_implementation": "eager", **changes}
-    model = MTPModel.from_causal_lm(build_causal_lm(family, **changes), horizon=horizon, head=form).eval()
+    causal_lm = build_causal_lm(family, **{"vocab_size": VOCAB_SIZE, **changes})
+    perturb(causal_lm, 0.3)
+    model = MTPModel.from_causal_lm(causal_lm, horizon=horizon, head=form).eval()
     perturb(model.extra_heads, scale)
     return model.double()
 
@@ -67,14 +72,20 @@ def naive_candidates(
     return candidates
 
 
-def naive_counts(
+def naive_speculation(
     model: MTPModel, prompt: Sequence[int], new: Sequence[int], widths: Sequence[int]
-) -> list[int]:
-    """How many forwards gave a row 1, 2, ... tokens or more, if it speculates its way to the tokens `new`."""
+) -> tuple[list[int], dict[int, list[list[int]]]]:
+    """Speculate the way to the tokens `new`.
+
+    Returns how many forwards gave 1, 2, ... tokens or more; and, by the number of tokens there were, what
+    each head drafted.
+    """
     counts = [1] + [0] * (model.horizon - 1)
+    drafted = {}
     position = 1
     while position < len(new):
         candidates = naive_candidates(model, [*prompt, *new[: position - 1]], new[position - 1], widths)
+        drafted[position] = candidates
         num_accepted = 0
         for depth, drafts in enumerate(candidates):
             if position + depth >= len(new) or new[position + depth] not in drafts:
@@ -84,7 +95,7 @@ def naive_counts(
         for head in range(num_kept):
             counts[head] += 1
         position += num_kept
-    return counts
+    return counts, drafted
 
 
 __all__ = [
@@ -94,7 +105,7 @@ __all__ = [
     "build_drafting_model",
     "head_logits",
     "naive_candidates",
-    "naive_counts",
     "naive_greedy",
+    "naive_speculation",
     "random_prompts",
 ]
