@@ -162,10 +162,9 @@ class ResidualDrafter(BlockDrafter):
 class SequentialDrafter(BlockDrafter):
     """Depths that read the depth before and the embedding of the token it would lead to.
 
-    A depth's keys at position s depend on token s + distance. At the end of the text that is a draft, which
-    may turn out wrong; so every step runs the depths on a window of the last positions, long enough to write
-    over all that was made from drafts: 2 (H - 1) of them, for the H new positions of a full step and the
-    H - 2 before these whose entries rest on drafts.
+    A depth's keys at position s depend on token s + distance, at the end of the text a draft. Where a draft
+    turns out wrong, at most H - 2 entries rest on it, the last ones; so every step runs the depths on the
+    last H positions, which holds these and all new ones.
     """
 
     def __init__(self, session: HeadsSession, batch_size: int, capacity: int, tree: DraftTree) -> None:
@@ -174,7 +173,7 @@ class SequentialDrafter(BlockDrafter):
         self._heads = list(session.model.extra_heads[: tree.num_drafts])
         self._views = [self._cache.view(num_layers + head) for head in range(tree.num_drafts)]
         device = session.model.device
-        self._window = 2 * tree.num_drafts
+        self._window = tree.num_nodes
         self._window_masks = self._build_masks(*causal_blocks(self._window, device))
         self._window_T = torch.arange(self._window, device=device)
         self._tokens_BC = torch.zeros(batch_size, capacity, dtype=torch.long, device=device)
@@ -264,8 +263,7 @@ class SequentialDrafter(BlockDrafter):
         self._cache.place_block(start, num_columns)
         masks = _cut(self._window_masks, start, num_columns)
         # Short rows have no tokens yet at the end of their window; what is written there is written over.
-        positions_BW = columns_BW.minimum(last_B[:, None])
-        return columns_BW, self._session.layer_arguments_at(positions_BW, masks, self._cache)
+        return columns_BW, self._session.layer_arguments_at(columns_BW, masks, self._cache)
 
 
 def _write_keys(layer: nn.Module, trunk: TrunkOutput, cache: BlockCache, index: int) -> None:
