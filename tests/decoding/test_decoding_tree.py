@@ -15,6 +15,7 @@ def test_widths_give_every_combination_of_ranks_once_depth_by_depth() -> None:
     assert tree.parents == (-1, 0, 0, 1, 1, 1, 2, 2, 2)
     assert tree.depths == (0, 1, 1, 2, 2, 2, 2, 2, 2)
     assert tree.ranks == (0, 0, 1, 0, 1, 2, 0, 1, 2)
+    assert tree.children == ((1, 2), (3, 4, 5), (6, 7, 8), (), (), (), (), (), ())
     assert (tree.num_nodes, tree.num_drafts, tree.width, tree.is_chain) == (9, 2, 3, False)
     assert tree.ancestors(torch.device("cpu"))[5].nonzero()[:, 0].tolist() == [0, 1, 5]
 

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens of a block, P prompt, M heads that draft at once, D hid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -49,20 +49,19 @@ class DraftPoint:
     """Where a batch stands after a block: the only place that it drafts from.
 
     Attributes:
-        node_B: the last accepted token, as an index into the block.
         start: column of the block's first token: one for all rows, or [B].
-        offset_B: how far behind `start` the column of the last accepted token is, once accepted.
+        paths: nodes of the block that stand, of each row. Once accepted, they are in the columns from
+            `start` on.
         num_columns: columns up to the last accepted token of the longest row.
         next_token_B: the token after it, which head 0 has chosen.
-        path_BT: of a tree: the nodes that stand, node 0 first; the first offset + 1 count.
+        is_chain: whether nodes follow one another already.
     """
 
-    node_B: Tensor
     start: int | Tensor
-    offset_B: Tensor
+    paths: Sequence[Sequence[int]]
     num_columns: int
     next_token_B: Tensor
-    path_BT: Tensor | None = None
+    is_chain: bool
 
 
 class Drafter(Protocol):

@@ -12,13 +12,12 @@ candidates of a head, X tokens that drafts are chosen among, D hidden, V vocabul
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from wmtp.decoding.acceptance import Verdict, accept_chain, accept_sampled, accept_tree
+from wmtp.decoding.acceptance import Verdict, accept_path, accept_sampled
 from wmtp.decoding.counts import GenerationCounts
 from wmtp.decoding.protocols import DraftingSession, DraftPoint
 from wmtp.decoding.rows import Row, draw_uniforms
@@ -130,9 +129,7 @@ class SpeculativeBatch:
         # A block may begin at the last token of a row that is full but not yet dropped.
         capacity = max(map(len, self._prompts)) + num_steps + 2 * tree.num_nodes
         self._drafter = plan.session.build_drafter(len(rows), capacity, tree)
-        self._depth_T = torch.tensor(tree.depths, device=device)
-        self._parents_T = torch.tensor(tree.parents, device=device)
-        self._ancestors_TT = tree.ancestors(device)
+        self._depth_1T = torch.tensor([tree.depths], device=device)
         # Where nodes 1.. stand among the candidates [N * K], head by head.
         self._candidate_T = torch.tensor(
             [(d - 1) * tree.width + r for d, r in zip(tree.depths[1:], tree.ranks[1:], strict=True)],
@@ -153,25 +150,22 @@ class SpeculativeBatch:
 
     def advance(self) -> list[list[int]]:
         """Run one forward; returns each row's new tokens: the drafts that stand and one more."""
-        step = self._run_prompt() if self._point is None else self._run_block()
+        start, verdicts = self._run_prompt() if self._point is None else self._run_block()
         self.num_forwards += 1
-        verdict = step.verdict
-        # The one look at the host in a forward.
-        on_host = torch.cat([verdict.num_accepted_B[:, None], verdict.tokens_BT], dim=1).tolist()
-        new_ids = [tokens[: num_accepted + 1] for num_accepted, *tokens in on_host]
-        self._num_new = [old + len(ids) for old, ids in zip(self._num_new, new_ids, strict=True)]
+        self._num_new = [
+            num_new + len(verdict.token_ids) for num_new, verdict in zip(self._num_new, verdicts, strict=True)
+        ]
         self._lengths = [
             len(prompt) + num_new - 1 for prompt, num_new in zip(self._prompts, self._num_new, strict=True)
         ]
         self._point = DraftPoint(
-            node_B=step.node_B,
-            start=step.start,
-            offset_B=step.offset_B,
+            start=start,
+            paths=[verdict.path for verdict in verdicts],
             num_columns=max(self._lengths),
-            next_token_B=verdict.next_token_B,
-            path_BT=verdict.path_BT,
+            next_token_B=torch.tensor([verdict.token_ids[-1] for verdict in verdicts], device=self._device),
+            is_chain=self._tree.is_chain,
         )
-        return new_ids
+        return [verdict.token_ids for verdict in verdicts]
 
     def keep(self, running: Sequence[int]) -> None:
         """Draft, then drop all rows but those at the given positions."""
@@ -194,7 +188,7 @@ class SpeculativeBatch:
 
     # ---------------------------------------------------------------- verifying
 
-    def _run_prompt(self) -> _Step:
+    def _run_prompt(self) -> tuple[int | Tensor, list[Verdict]]:
         """Run the prompts; head 0 chooses each row's first token."""
         lengths = [len(prompt) for prompt in self._prompts]
         longest = max(lengths)
@@ -205,56 +199,59 @@ class SpeculativeBatch:
         last_B = torch.tensor(lengths, device=self._device) - 1
         rows_B = torch.arange(len(lengths), device=self._device)
         if sum(lengths) <= _WHOLE_PROMPT_TOKENS or longest == 1:
-            hidden_BTD = self._drafter.run_prompt(ids_BP)
             start: int | Tensor = 0
-            offset_B = last_B
+            hidden_BD = self._drafter.run_prompt(ids_BP)[rows_B, last_B]
+            # Every token of a prompt stands.
+            paths = [list(range(length)) for length in lengths]
         else:
             self._drafter.write_prefix(ids_BP[:, :-1])
             start = _one_or_all([length - 1 for length in lengths], self._device)
-            hidden_BTD = self._drafter.run_block(
-                ids_BP[rows_B, last_B][:, None], last_B[:, None], start, longest
-            )
-            offset_B = torch.zeros_like(last_B)
-        logits_BV = self._plan.session.unembed(hidden_BTD[rows_B, offset_B])
+            last_B1 = ids_BP[rows_B, last_B][:, None]
+            hidden_BD = self._drafter.run_block(last_B1, last_B[:, None], start, longest)[:, 0]
+            paths = [[0]] * len(lengths)
+        logits_BV = self._plan.session.unembed(hidden_BD)
         chosen_B = choose_tokens(logits_BV, self._settings, self._uniforms_BSC[:, 0, 0])
-        verdict = Verdict(torch.zeros_like(last_B), chosen_B[:, None])
-        return _Step(verdict, node_B=offset_B, offset_B=offset_B, start=start)
+        tokens = chosen_B.tolist()
+        return start, [Verdict(path, [token]) for path, token in zip(paths, tokens, strict=True)]
 
-    def _run_block(self) -> _Step:
+    def _run_block(self) -> tuple[int | Tensor, list[Verdict]]:
         """Run the drafts; head 0 decides which stand."""
         start = _one_or_all(self._lengths, self._device)
         start_B1 = start if isinstance(start, int) else start[:, None]
-        positions_BT = start_B1 + self._depth_T[None]
+        positions_BT = start_B1 + self._depth_1T
         if self._max_position is not None:
             # Beyond the last position of the model are only drafts that no row has room for.
             positions_BT = positions_BT.clamp(max=self._max_position)
         num_columns = max(self._lengths) + self._tree.num_nodes
         hidden_BTD = self._drafter.run_block(self._block_BT, positions_BT, start, num_columns)
-        verdict = self._verify(self._plan.session.unembed(hidden_BTD))
-        return _Step(verdict, node_B=verdict.last_node_B, offset_B=verdict.num_accepted_B, start=start)
+        return start, self._verify(self._plan.session.unembed(hidden_BTD))
 
-    def _verify(self, logits_BTV: Tensor) -> Verdict:
-        block_BT = self._block_BT
+    def _verify(self, logits_BTV: Tensor) -> list[Verdict]:
+        """Decide over the drafts; the one look at the host in a forward."""
         if self._settings.is_greedy:
             chosen_BT = logits_BTV.argmax(dim=-1)
         else:
             shaped_NV = shape_logits(logits_BTV.flatten(0, 1), self._settings)
             model_BTV = probabilities(shaped_NV).view_as(logits_BTV)
-            uniforms_BT = self._uniforms(TOKEN_STREAM, self._depth_T)
+            uniforms_BT = self._uniforms(TOKEN_STREAM, self._depth_1T)
             if self._draft_BNV is not None:
-                return accept_sampled(
-                    block_BT,
-                    model_BTV,
-                    self._draft_BNV,
-                    self._uniforms(ACCEPT_STREAM, self._depth_T[:-1]),
-                    uniforms_BT,
-                )
+                return self._verify_sampled(model_BTV, self._draft_BNV, uniforms_BT)
             chosen_N = draw_from_weights(model_BTV.flatten(0, 1), uniforms_BT.flatten())
-            chosen_BT = chosen_N.view_as(block_BT).to(self._device)
-        if self._tree.is_chain:
-            return accept_chain(block_BT, chosen_BT)
-        depth = self._tree.num_drafts
-        return accept_tree(block_BT, chosen_BT, self._parents_T, self._ancestors_TT, depth)
+            chosen_BT = chosen_N.view_as(self._block_BT).to(self._device)
+        blocks, chosen = torch.stack([self._block_BT, chosen_BT]).tolist()
+        return [accept_path(self._tree, *pair) for pair in zip(blocks, chosen, strict=True)]
+
+    def _verify_sampled(self, model_BTV: Tensor, draft_BNV: Tensor, uniforms_BT: Tensor) -> list[Verdict]:
+        block_BT = self._block_BT.to(model_BTV.device)
+        accept_uniforms_BN = self._uniforms(ACCEPT_STREAM, self._depth_1T[:, :-1])
+        num_accepted_B, next_B = accept_sampled(
+            block_BT, model_BTV, draft_BNV, accept_uniforms_BN, uniforms_BT
+        )
+        rows = torch.cat([num_accepted_B[:, None], next_B[:, None], block_BT[:, 1:]], dim=1).tolist()
+        return [
+            Verdict(list(range(num_accepted + 1)), [*drafts[:num_accepted], next_token])
+            for num_accepted, next_token, *drafts in rows
+        ]
 
     # ---------------------------------------------------------------- drafting
 
@@ -268,7 +265,10 @@ class SpeculativeBatch:
             logits_BMX = self._plan.unembed(hidden_BMD)
             if self._settings.is_greedy or not self._tree.is_chain:
                 # Alternatives are fixed tokens, drawn or not: see `accept_tree`.
-                best_BMK = logits_BMX.topk(self._tree.width, dim=-1).indices
+                if self._tree.width == 1:
+                    best_BMK = logits_BMX.argmax(dim=-1, keepdim=True)
+                else:
+                    best_BMK = logits_BMX.topk(self._tree.width, dim=-1).indices
                 candidates.append(self._plan.to_tokens(best_BMK))
             else:
                 num_before = sum(each.shape[1] for each in candidates)
@@ -281,24 +281,18 @@ class SpeculativeBatch:
             return candidates[-1][..., 0]
 
         self._drafter.draft(self._point, choose)
-        drafts_BN = torch.cat(candidates, dim=1).flatten(1)[:, self._candidate_T]
-        self._block_BT = torch.cat([self._point.next_token_B[:, None], drafts_BN], dim=1)
+        next_B1 = self._point.next_token_B[:, None]
+        if self._tree.is_chain:
+            self._block_BT = torch.cat([next_B1, *(each[..., 0] for each in candidates)], dim=1)
+        else:
+            drafts_BN = torch.cat(candidates, dim=1).flatten(1)[:, self._candidate_T]
+            self._block_BT = torch.cat([next_B1, drafts_BN], dim=1)
         self._draft_BNV = torch.cat(weights, dim=1) if weights else None
 
     def _uniforms(self, stream: int, ahead_X: Tensor) -> Tensor:
         """Return the numbers [B,X] of the new tokens that lie so many behind those there are."""
         index_BX = torch.tensor(self._num_new, device=self._device)[:, None] + ahead_X
         return self._uniforms_BSC[:, stream].gather(1, index_BX.to(self._uniforms_BSC.device))
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """What one forward came to: see `DraftPoint`."""
-
-    verdict: Verdict
-    node_B: Tensor
-    offset_B: Tensor
-    start: int | Tensor
 
 
 def _one_or_all(starts: list[int], device: torch.device) -> int | Tensor:

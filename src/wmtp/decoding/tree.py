@@ -89,6 +89,14 @@ class DraftTree:
         """Whether no head has alternatives."""
         return all(child == parent + 1 for parent, child in pairwise(self.depths))
 
+    @cached_property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        """Of each node."""
+        lists: list[list[int]] = [[] for _ in self.parents]
+        for node, parent in enumerate(self.parents[1:], start=1):
+            lists[parent].append(node)
+        return tuple(map(tuple, lists))
+
     def ancestors(self, device: torch.device) -> Tensor:
         """Return [T,T]: entry [i,j] tells whether j is i or one of its ancestors."""
         is_ancestor = torch.eye(self.num_nodes, dtype=torch.bool)

@@ -10,7 +10,7 @@ use.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,7 +37,7 @@ class BlockDrafter:
         self._tap = session.tap
         self._num_drafts = tree.num_drafts
         self._cache = BlockCache(num_caches, capacity)
-        device = session.model.device
+        device = session.device
         single = causal_blocks(1, device)
         nodes = tree.ancestors(device), torch.tensor(tree.depths, device=device)
         self._masks = {1: self._build_masks(*single), tree.num_nodes: self._build_masks(*nodes)}
@@ -88,13 +88,15 @@ class BlockDrafter:
 
     def _finish_path(self, point: DraftPoint) -> None:
         """Bring the accepted nodes of a tree together, behind one another."""
-        if point.path_BT is None:
+        if point.is_chain or all(len(path) == 1 or path[-1] == len(path) - 1 for path in point.paths):
             return
-        steps_T = torch.arange(point.path_BT.shape[1], device=point.path_BT.device)
+        longest = max(map(len, point.paths))
+        # What stands behind a shorter path is of no use; it stays where it is.
+        paths = [[*path, *range(len(path), longest)] for path in point.paths]
+        path_BN = torch.tensor(paths, device=self._session.device)
         start = point.start if isinstance(point.start, int) else point.start[:, None]
-        # What stands behind the accepted path is of no use; it stays where it is.
-        path_BT = point.path_BT.where(steps_T <= point.offset_B[:, None], steps_T)
-        self._cache.move(start + path_BT, (start + steps_T).expand_as(path_BT))
+        steps_N = torch.arange(longest, device=self._session.device)
+        self._cache.move(start + path_BN, (start + steps_N).expand_as(path_BN))
 
     def _build_masks(self, ancestors_TT: Tensor, depth_T: Tensor) -> dict[str, BlockMask]:
         return {
@@ -103,7 +105,7 @@ class BlockDrafter:
                 depth_T,
                 window=window,
                 capacity=self._cache.capacity,
-                dtype=self._model.dtype,
+                dtype=self._session.dtype,
             )
             for kind, window in self._session.windows.items()
         }
@@ -135,7 +137,7 @@ class TransformerDrafter(BlockDrafter):
             ],
             dim=1,
         )
-        choose(self._model.final_norm(_at_node(states_BMTD, point.node_B)))
+        choose(self._model.final_norm(_at_nodes(states_BMTD, [path[-1] for path in point.paths])))
         self._finish_path(point)
 
     def _cached_layers(self) -> list[tuple[nn.Module, int]]:
@@ -152,7 +154,7 @@ class ResidualDrafter(BlockDrafter):
 
     def draft(self, point: DraftPoint, choose: ChooseDrafts) -> None:
         """Map head 0's state where the block was accepted last."""
-        state_B1D = _at_node(self._tap.state_BSD[:, None], point.node_B)
+        state_B1D = _at_nodes(self._tap.state_BSD[:, None], [path[-1] for path in point.paths])
         inputs = HeadInputs(self._tap.trunk, [state_B1D], _no_embedding)
         states_BMD = torch.cat([head(inputs) for head in self._heads], dim=1)
         choose(self._model.final_norm(states_BMD))
@@ -172,13 +174,13 @@ class SequentialDrafter(BlockDrafter):
         super().__init__(session, num_layers + tree.num_drafts, capacity, tree)
         self._heads = list(session.model.extra_heads[: tree.num_drafts])
         self._views = [self._cache.view(num_layers + head) for head in range(tree.num_drafts)]
-        device = session.model.device
+        device = session.device
         self._window = tree.num_nodes
         self._window_masks = self._build_masks(*causal_blocks(self._window, device))
         self._window_T = torch.arange(self._window, device=device)
         self._tokens_BC = torch.zeros(batch_size, capacity, dtype=torch.long, device=device)
         self._states_BCD = torch.zeros(
-            batch_size, capacity, session.model.hidden_size, dtype=session.model.dtype, device=device
+            batch_size, capacity, session.model.hidden_size, dtype=session.dtype, device=device
         )
         self._has_drafted = False
 
@@ -204,9 +206,11 @@ class SequentialDrafter(BlockDrafter):
         """Run the depths one after another, each on the draft of the one before."""
         batch_size = self._tokens_BC.shape[0]
         rows_B1 = torch.arange(batch_size, device=self._tokens_BC.device)[:, None]
-        last_B = point.start + point.offset_B
+        last_B = point.start + torch.tensor(
+            [len(path) - 1 for path in point.paths], device=self._session.device
+        )
         columns_BW, trunk = self._open_window(point, last_B)
-        node_B = last_B - columns_BW[:, 0]
+        nodes = (last_B - columns_BW[:, 0]).tolist()
         states_BWD = self._states_BCD[rows_B1, columns_BW]
         self._tokens_BC[rows_B1, last_B[:, None] + 1] = point.next_token_B[:, None]
         embedding = self._model.causal_lm.get_input_embeddings()
@@ -222,7 +226,7 @@ class SequentialDrafter(BlockDrafter):
                 TrunkOutput(trunk.trunk_BSD, arguments, trunk.input_ids_BS), [states_BWD], embed_ahead
             )
             states_BWD = head(inputs)
-            drafts_B1 = choose(self._model.final_norm(_at_node(states_BWD[:, None], node_B)))
+            drafts_B1 = choose(self._model.final_norm(_at_nodes(states_BWD[:, None], nodes)))
             self._tokens_BC[rows_B1, last_B[:, None] + 1 + depth] = drafts_B1
         self._has_drafted = True
 
@@ -285,10 +289,12 @@ def _cut(masks: Mapping[str, BlockMask], start: int | Tensor, num_columns: int) 
     return cut if len(cut) > 1 else next(iter(cut.values()))
 
 
-def _at_node(states_BMTD: Tensor, node_B: Tensor) -> Tensor:
+def _at_nodes(states_BMTD: Tensor, nodes: Sequence[int]) -> Tensor:
     """Return each row's states at one token, [B,M,D]."""
-    rows_B = torch.arange(len(node_B), device=node_B.device)
-    return states_BMTD[rows_B, :, node_B]
+    if len(nodes) == 1:
+        return states_BMTD[:, :, nodes[0]]
+    rows_B = torch.arange(len(nodes), device=states_BMTD.device)
+    return states_BMTD[rows_B, :, torch.tensor(nodes, device=states_BMTD.device)]
 
 
 def _no_embedding(distance: int) -> Tensor:

@@ -40,19 +40,14 @@ class HeadsSession:
         _check_can_draft(model)
         self.model = model
         self.tap = tap
+        # Looked up once: finding the unembedding takes the library longer than using it.
+        self.device = model.device
+        self.dtype = model.dtype
+        self.vocab_size, self.hidden_size = model.unembedding_VD.shape
+        self.unembed = model.build_unembedding()
         self.windows = attention_windows(model.config)
         self._owner, self._name = _find_layer_list(model)
         self._skipped = nn.ModuleList(_Skip(tap) for _ in range(len(model.decoder_layers) - 1))
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model's inputs go."""
-        return self.model.device
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-        return self.model.unembedding_VD.shape[0]
 
     def check_tree(self, tree: DraftTree) -> None:
         """Raise `UserInputError` where the heads cannot draft such a tree."""
@@ -78,13 +73,9 @@ class HeadsSession:
             case _:
                 return ResidualDrafter(self, capacity, tree)
 
-    def unembed(self, hidden: Tensor) -> Tensor:
-        """Map hidden states [..., D] after the final norm to logits [..., V]."""
-        return self.model.unembed(hidden)
-
     def partial_unembedding(self, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
         """Return a map of hidden states [..., D] to the logits of these tokens alone."""
-        return self.model.unembed_part(token_ids)
+        return self.model.build_unembedding(token_ids)
 
     def layer_arguments_at(
         self, positions_BW: Tensor, mask: Tensor | Mapping[str, Tensor] | None, cache: BlockCache

@@ -34,11 +34,18 @@ class WrappedModel(nn.Module):
         """Map hidden states [..., D] after the final norm to logits [..., V], as the wrapped model does."""
         return self._logit_transform(self._unembedding(hidden))
 
-    def unembed_part(self, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return a map of hidden states [..., D] to the logits of these tokens alone."""
-        bias_V = self.unembedding_bias_V
-        weight, bias = self.unembedding_VD[token_ids], None if bias_V is None else bias_V[token_ids]
-        return lambda hidden: self._logit_transform(nn.functional.linear(hidden, weight, bias))
+    def build_unembedding(self, token_ids: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+        """Return a map of hidden states [..., D] to logits, all of them or those of some tokens alone.
+
+        Made once and used often: it looks nothing up. It does not follow a change of the vocabulary.
+        """
+        transform = self._logit_transform
+        if token_ids is None:
+            module = self._unembedding
+            return lambda hidden: transform(module(hidden))
+        weight, bias = self.unembedding_VD[token_ids], self.unembedding_bias_V
+        part = None if bias is None else bias[token_ids]
+        return lambda hidden: transform(nn.functional.linear(hidden, weight, part))
 
     @property
     def base_model(self) -> nn.Module:
