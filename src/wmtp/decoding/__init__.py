@@ -1,5 +1,6 @@
 """Generation from causal language models, token by token or by self-speculation."""
 
+from wmtp.decoding.comparison import GreedyComparison, compare_greedy
 from wmtp.decoding.counts import GenerationCounts
 from wmtp.decoding.generation import Generation, Speculation, generate
 from wmtp.decoding.protocols import DecoderProtocol, DraftingModel
@@ -12,9 +13,11 @@ __all__ = [
     "DraftingModel",
     "Generation",
     "GenerationCounts",
+    "GreedyComparison",
     "SamplingSettings",
     "Speculation",
     "choose_tokens",
+    "compare_greedy",
     "generate",
     "position_uniforms",
     "shape_logits",
