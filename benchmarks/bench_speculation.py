@@ -8,9 +8,9 @@ time), then lets it write held-out tasks, one row at a time and greedily, in thr
 see the same machine. A row's time is its best round, and the speed-up the ratio of sums of these; the medians
 of the rounds' ratios stand beside it.
 
-Prediction: a forward costs what its weights weigh. Plain decoding runs L layers and one unembedding a token;
-speculation runs L + H - 1 layers (or the heads' own small maps) and two unembeddings, one for what it verifies
-and one for what it drafts, and gains `tokens per forward` tokens for it.
+Prediction: a forward costs what the weights weigh that it uses. Plain decoding uses L layers and one unembedding;
+speculation L + H - 1 layers (or the heads' own small maps) and H unembeddings, one a head, and gains `tokens
+per forward` tokens for it. In brackets, stricter: two unembeddings, as the drafts' are one product.
 """
 
 from __future__ import annotations
@@ -108,20 +108,22 @@ def best_times(
     return {name: sum(each) for name, each in best.items()}, total, tokens
 
 
-def cost_ratio(model: MTPModel) -> float:
-    """Weights that a speculative forward reads over those of a plain one."""
+def cost_ratio(model: MTPModel, num_unembeddings: int) -> float:
+    """Weights that a speculative forward uses over those of a plain one."""
 
     def size(module: torch.nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
     layers = sum(map(size, model.decoder_layers))
     unembedding = model.unembedding_VD.numel()
-    return (layers + size(model.extra_heads) + 2 * unembedding) / (layers + unembedding)
+    return (layers + size(model.extra_heads) + num_unembeddings * unembedding) / (layers + unembedding)
 
 
 def measure(model: MTPModel, tokenizer: HfTokenizer, args: argparse.Namespace, label: str) -> None:
     """Print a line of the table for every shape of drafts."""
-    tasks = [to_task(problem) for problem in generate_problems(split="test", num_problems=args.prompts, seed=1)]
+    tasks = [
+        to_task(problem) for problem in generate_problems(split="test", num_problems=args.prompts, seed=1)
+    ]
     prompts = [tokenizer.encode_prompt(task.prompt) for task in tasks]
     end_id = tokenizer.tokenizer.eos_token_id
     hf_config = GenerationConfig(
@@ -173,17 +175,20 @@ def measure(model: MTPModel, tokenizer: HfTokenizer, args: argparse.Namespace, l
         counts = GenerationCounts()
         same = sum(
             ours == other
-            for ours, other in zip(by_wmtp(prompts, widths, counts, speculative=True), plain_tokens, strict=True)
+            for ours, other in zip(
+                by_wmtp(prompts, widths, counts, speculative=True), plain_tokens, strict=True
+            )
         )
         name = str(widths)
-        predicted = counts.tokens_per_forward / cost_ratio(model)
+        predicted = counts.tokens_per_forward / cost_ratio(model, model.horizon)
+        strict = counts.tokens_per_forward / cost_ratio(model, 2)
         speed_up = best["plain"] / best[name]
         acceptance = " ".join(f"{share:.2f}" for share in counts.acceptance[1:])
         print(
             f"| {label} | {','.join(map(str, widths))} | {counts.tokens_per_forward:.2f} | {acceptance} "
             f"| {tokens['transformers'] / best['transformers']:.0f} | {tokens['plain'] / best['plain']:.0f} "
             f"| {tokens[name] / best[name]:.0f} | {ratio('transformers', 'plain')} | {ratio('plain', name)} "
-            f"| {predicted:.2f} | {speed_up / predicted:.2f} | {same}/{len(prompts)} |",
+            f"| {predicted:.2f} ({strict:.2f}) | {speed_up / predicted:.2f} ({speed_up / strict:.2f}) | {same}/{len(prompts)} |",
             flush=True,
         )
 
@@ -193,7 +198,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", nargs="+", type=int, default=[4, 12, 24])
     parser.add_argument("--forms", nargs="+", default=["transformer"])
-    parser.add_argument("--widths", nargs="+", default=["1,1,1"], help="shapes of drafts, such as 1,1,1 2,2,1")
+    parser.add_argument(
+        "--widths", nargs="+", default=["1,1,1"], help="shapes of drafts, such as 1,1,1 2,2,1"
+    )
     parser.add_argument("--hidden", type=int, default=96)
     parser.add_argument("--horizon", type=int, default=4)
     parser.add_argument("--steps", type=int, default=240)

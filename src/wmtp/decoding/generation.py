@@ -199,13 +199,16 @@ def _batch_builder(
 @contextmanager
 def _evaluating(model: DecoderProtocol | DraftingModel) -> Iterator[None]:
     """Switch dropout off inside the block; every submodule gets its mode back."""
-    modes = [(module, module.training) for module in model.modules()]
+    training = [module for module in model.modules() if module.training]
+    if not training:
+        yield
+        return
     model.eval()
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in training:
+            module.training = True
 
 
 def _run_batch(

@@ -31,13 +31,10 @@ class HeadsSession:
     Args:
         model: with heads that can draft.
         tap: listening to its last layer.
-
-    Raises:
-        UserInputError: it has heads that cannot draft, or layers that cannot be rolled back.
+        windows: see `attention_windows`.
     """
 
-    def __init__(self, model: MTPModel, tap: LastLayerTap) -> None:
-        _check_can_draft(model)
+    def __init__(self, model: MTPModel, tap: LastLayerTap, windows: dict[str, int | None]) -> None:
         self.model = model
         self.tap = tap
         # Looked up once: finding the unembedding takes the library longer than using it.
@@ -45,7 +42,7 @@ class HeadsSession:
         self.dtype = model.dtype
         self.vocab_size, self.hidden_size = model.unembedding_VD.shape
         self.unembed = model.build_unembedding()
-        self.windows = attention_windows(model.config)
+        self.windows = windows
         self._owner, self._name = _find_layer_list(model)
         self._skipped = nn.ModuleList(_Skip(tap) for _ in range(len(model.decoder_layers) - 1))
 
@@ -171,7 +168,8 @@ def attention_windows(config: PreTrainedConfig) -> dict[str, int | None]:
     return windows
 
 
-def _check_can_draft(model: MTPModel) -> None:
+def check_can_draft(model: MTPModel) -> None:
+    """Raise `UserInputError` where a model's heads or its attention make drafting impossible."""
     if not model.can_draft:
         if model.horizon == 1:
             reason = "it has one head"

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from wmtp.exceptions import UserInputError
-from wmtp.modeling.drafting import HeadsSession, verify_drafting
+from wmtp.modeling.drafting import HeadsSession, attention_windows, check_can_draft, verify_drafting
 from wmtp.modeling.formats.export import save_mtp_model
 from wmtp.modeling.formats.load import load_mtp_model
 from wmtp.modeling.formats.sources import ModelSource
@@ -71,7 +71,8 @@ class MTPModel(WrappedModel):
         self.lora: LoraAdapters | None = None
         self._structure_verified = False
         self._documents_verified = False
-        self._drafting_verified = False
+        # How far its layers see; known once drafting has been verified.
+        self._windows: dict[str, int | None] | None = None
         self.register_state_dict_post_hook(drop_tied_copies)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(restore_tied_copies)  # type: ignore[no-untyped-call]
         if not self._is_on_meta_device:
@@ -330,10 +331,11 @@ class MTPModel(WrappedModel):
         """
         tap = LastLayerTap()
         with tap.listening(self.last_layer):
-            session = HeadsSession(self, tap)
-            if not self._drafting_verified:
+            check_can_draft(self)
+            session = HeadsSession(self, tap, self._windows or attention_windows(self.config))
+            if self._windows is None:
                 verify_drafting(session)
-                self._drafting_verified = True
+                self._windows = session.windows
             yield session
 
     # ---------------------------------------------------------------- properties
