@@ -1,16 +1,17 @@
 """Self-speculation beside plain decoding and beside `transformers`' own `generate`, in one run.
 
-    python benchmarks/bench_speculation.py                               # 4, 12 and 24 layers, transformer heads
+    python benchmarks/bench_speculation.py                    # 4, 12 and 24 layers, transformer heads
     python benchmarks/bench_speculation.py --layers 4 --forms linear medusa sequential
 
 Trains a small Llama on MicroCode without noise by the training pipeline (kept in `--folder` for the next
-time), then lets it write held-out tasks, one row at a time and greedily, in three ways that take turns: so all
-see the same machine. A row's time is its best round, and the speed-up the ratio of sums of these; the medians
-of the rounds' ratios stand beside it.
+time), then lets it write held-out tasks greedily, a row at a time, in ways that take turns, so that all see
+the same machine. A row's time is its best round, and the speed-up the ratio of the sums of these; the median
+of the rounds' ratios stands in brackets.
 
-Prediction: a forward costs what the weights weigh that it uses. Plain decoding uses L layers and one unembedding;
-speculation L + H - 1 layers (or the heads' own small maps) and H unembeddings, one a head, and gains `tokens
-per forward` tokens for it. In brackets, stricter: two unembeddings, as the drafts' are one product.
+Prediction: a forward costs what the weights weigh that it uses. Plain decoding uses L layers and one
+unembedding; speculation L + H - 1 layers (or the heads' own small maps) and H unembeddings, one a head, and
+gains `tokens per forward` tokens for it. In brackets, stricter: two unembeddings, as the drafts' are one
+product.
 """
 
 from __future__ import annotations
@@ -173,12 +174,8 @@ def measure(model: MTPModel, tokenizer: HfTokenizer, args: argparse.Namespace, l
 
     for widths in shapes:
         counts = GenerationCounts()
-        same = sum(
-            ours == other
-            for ours, other in zip(
-                by_wmtp(prompts, widths, counts, speculative=True), plain_tokens, strict=True
-            )
-        )
+        drafted_tokens = by_wmtp(prompts, widths, counts, speculative=True)
+        same = sum(ours == other for ours, other in zip(drafted_tokens, plain_tokens, strict=True))
         name = str(widths)
         predicted = counts.tokens_per_forward / cost_ratio(model, model.horizon)
         strict = counts.tokens_per_forward / cost_ratio(model, 2)
@@ -188,7 +185,8 @@ def measure(model: MTPModel, tokenizer: HfTokenizer, args: argparse.Namespace, l
             f"| {label} | {','.join(map(str, widths))} | {counts.tokens_per_forward:.2f} | {acceptance} "
             f"| {tokens['transformers'] / best['transformers']:.0f} | {tokens['plain'] / best['plain']:.0f} "
             f"| {tokens[name] / best[name]:.0f} | {ratio('transformers', 'plain')} | {ratio('plain', name)} "
-            f"| {predicted:.2f} ({strict:.2f}) | {speed_up / predicted:.2f} ({speed_up / strict:.2f}) | {same}/{len(prompts)} |",
+            f"| {predicted:.2f} ({strict:.2f}) | {speed_up / predicted:.2f} ({speed_up / strict:.2f}) "
+            f"| {same}/{len(prompts)} |",
             flush=True,
         )
 
@@ -198,9 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", nargs="+", type=int, default=[4, 12, 24])
     parser.add_argument("--forms", nargs="+", default=["transformer"])
-    parser.add_argument(
-        "--widths", nargs="+", default=["1,1,1"], help="shapes of drafts, such as 1,1,1 2,2,1"
-    )
+    parser.add_argument("--widths", nargs="+", default=["1,1,1"], help="shapes of drafts")
     parser.add_argument("--hidden", type=int, default=96)
     parser.add_argument("--horizon", type=int, default=4)
     parser.add_argument("--steps", type=int, default=240)
@@ -230,7 +226,7 @@ def main() -> None:
             )
             if args.train_only:
                 continue
-            model = MTPModel.from_pretrained(export)
+            model = MTPModel.from_pretrained(export).eval()
             tokenizer = HfTokenizer(TokenizerSettings(path=str(export)))
             measure(model, tokenizer, args, f"{layers}, {form}")
 
