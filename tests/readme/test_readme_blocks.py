@@ -31,7 +31,7 @@ def test_the_commands_run_on_a_small_budget(
     monkeypatch.chdir(ROOT)
     commands = [line for block in _blocks("bash") for line in block.splitlines() if line.startswith("wmtp ")]
     names = [shlex.split(command, comments=True)[1] for command in commands]
-    assert names == ["validate", "train", "train", "eval", "export", "export", "train"]
+    assert names == ["validate", "train", "train", "eval", "export", "export", "train", "generate"]
     # The same commands on an untrained model, few steps and few problems, so that the test takes seconds.
     small = [
         "paths.models.base=builtin:micro-llama",
@@ -47,7 +47,9 @@ def test_the_commands_run_on_a_small_budget(
         arguments = shlex.split(command.replace("runs/models", str(tmp_path / "models")), comments=True)[1:]
         if name == "export":
             arguments[arguments.index("--output") + 1] = str(tmp_path / arguments[4])
-        for override in [] if name == "export" else [*small, f"paths.output={tmp_path}"]:
+        if name == "generate":
+            arguments += ["--max-new-tokens", "8"]
+        for override in [] if name in ("export", "generate") else [*small, f"paths.output={tmp_path}"]:
             arguments += ["--set", override]
         with pytest.raises(SystemExit) as stopped:
             main(arguments)

@@ -18,6 +18,7 @@ from wmtp.cli import (
     doctor,
     evaluate,
     export,
+    generate,
     list_components,
     migrate,
     quickstart,
@@ -45,6 +46,7 @@ app.command("quickstart")(quickstart.quickstart)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
+app.command("generate")(generate.generate)
 app.command("validate")(validate.validate)
 app.command("doctor")(doctor.doctor)
 app.command("migrate")(migrate.migrate)

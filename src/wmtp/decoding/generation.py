@@ -1,11 +1,8 @@
-"""Batched generation with a key-value cache.
+"""Batched generation with a key-value cache, token by token or by self-speculation.
 
 The output of a row does not depend on which rows share its batch (up to rounding of the model's own
-arithmetic): prompts are padded on the left and masked, positions count from each row's first real token, and
-random draws are keyed by (seed, problem, sample, position). Rows that have ended are dropped from the batch
-and from the cache.
-
-Shapes: B rows still running, P padded prompt length, T new tokens.
+arithmetic): positions count from each row's first token, and random draws are keyed by (seed, problem,
+sample, position). Rows that have ended are dropped from the batch and from the cache.
 """
 
 from __future__ import annotations
@@ -13,46 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol
+from typing import Literal
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from wmtp.decoding.cache import build_cache
-from wmtp.decoding.sampling import SamplingSettings, choose_tokens, position_uniforms
-from wmtp.decoding.stopping import StopFinder
+from wmtp.decoding.counts import GenerationCounts
+from wmtp.decoding.plain import PlainBatch
+from wmtp.decoding.protocols import DecoderProtocol, DraftingModel
+from wmtp.decoding.rows import Batch, Row
+from wmtp.decoding.sampling import SamplingSettings
+from wmtp.decoding.speculation import DraftPlan, SpeculativeBatch
+from wmtp.decoding.stopping import EndFinder, StopFinder, TokenEndFinder
+from wmtp.decoding.tree import DraftTree
 from wmtp.exceptions import UserInputError
 
-# Tokens generated between two looks at the host. Each look synchronises with the device and decodes text; a
-# row that has ended costs the rest of its interval for nothing.
-_CHECK_INTERVAL: Final = 4
-
 FinishReason = Literal["eos", "stop", "length"]
-
-
-class DecoderProtocol(Protocol):
-    """What generation needs of a model; any Hugging Face decoder-only causal language model has it."""
-
-    config: Any
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model's inputs go."""
-        ...
-
-    def modules(self) -> Iterator[nn.Module]:
-        """Return all submodules and the model itself."""
-        ...
-
-    def eval(self) -> Any:
-        """Switch dropout off."""
-        ...
-
-    def __call__(self, **inputs: Any) -> Any:
-        """Return an object with `logits`, given the usual keyword inputs."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,22 +44,27 @@ class Generation:
     finish_reason: FinishReason
 
 
-@dataclass(slots=True)
-class _Row:
-    """A prompt being continued."""
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """How to draft.
 
-    index: int
-    prompt_ids: Sequence[int]
-    key: tuple[int, int]
-    max_new_tokens: int
-    token_ids: list[int]
+    Attributes:
+        model: the model with its heads; head 0 is the model that generates.
+        widths: alternatives that heads 1, 2, ... draft; None for one each (a chain).
+        token_ids: tokens that drafts are chosen among; None for all. Fewer make drafting cheaper where the
+            vocabulary is large for the model, see `frequent_tokens`; the output is the same.
+    """
+
+    model: DraftingModel
+    widths: Sequence[int] | None = None
+    token_ids: Sequence[int] | None = None
 
 
 def generate(
     model: DecoderProtocol,
     prompts_ids: Sequence[Sequence[int]],
     *,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     max_new_tokens: int,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -98,6 +76,9 @@ def generate(
     stop: Sequence[str] = (),
     batch_size: int = 64,
     context_length: int | None = None,
+    speculation: Speculation | None = None,
+    counts: GenerationCounts | None = None,
+    on_tokens: Callable[[int, Sequence[int]], None] | None = None,
     on_done: Callable[[int, Generation], None] | None = None,
 ) -> list[Generation]:
     """Continue every prompt; entry i of the result belongs to prompt i.
@@ -105,7 +86,8 @@ def generate(
     Args:
         model: a causal language model; it is put in evaluation mode and back.
         prompts_ids: token ids of the prompts, each at least one token.
-        tokenizer: turns tokens into text, for stop strings and `Generation.text`.
+        tokenizer: turns tokens into text, for stop strings and `Generation.text`; None leaves the texts
+            empty.
         max_new_tokens: budget of a row, the end-of-sequence token included.
         temperature, top_k, top_p, min_p: see `SamplingSettings`; temperature 0 is greedy.
         seed: of all draws.
@@ -117,10 +99,14 @@ def generate(
         batch_size: rows that run together.
         context_length: prompt and new tokens together stay within it (positions, for models that have a
             limit); a prompt that leaves no room gets an empty `length` generation.
+        speculation: let the model's heads draft; what is generated is what head 0 generates by itself, token
+            for token when greedy and in distribution when sampled.
+        counts: added to.
+        on_tokens: called with (index, all new tokens so far) as rows grow.
         on_done: called with (index, generation) as rows end.
 
     Raises:
-        UserInputError: an argument is out of range, or a prompt is empty.
+        UserInputError: an argument is out of range, a prompt is empty, or the model cannot draft.
     """
     settings = SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     if max_new_tokens < 1 or batch_size < 1:
@@ -128,12 +114,12 @@ def generate(
             f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens} and {batch_size}",
             remedy="raise them",
         )
-    if eos_token_ids is None:
-        eos_token_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    finder = _build_finder(tokenizer, eos_token_ids, stop)
     rows = _make_rows(prompts_ids, keys, max_new_tokens, context_length)
+    counts = GenerationCounts() if counts is None else counts
     results: list[Generation | None] = [None] * len(rows)
 
-    def finish(row: _Row, generation: Generation) -> None:
+    def finish(row: Row, generation: Generation) -> None:
         results[row.index] = generation
         if on_done is not None:
             on_done(row.index, generation)
@@ -143,12 +129,30 @@ def generate(
             finish(row, Generation([], "", "length"))
     # Like lengths together waste little padding; the longest first shows at once whether memory suffices.
     runnable = sorted((row for row in rows if row.max_new_tokens >= 1), key=lambda row: -len(row.prompt_ids))
-    finder = StopFinder(tokenizer, eos_token_ids, stop)
-    with _evaluating(model):
+    with _batch_builder(model, settings, seed, context_length, speculation) as build_batch:
         for start in range(0, len(runnable), batch_size):
-            batch = runnable[start : start + batch_size]
-            _generate_batch(model, batch, settings, seed, finder, context_length, finish)
+            group = runnable[start : start + batch_size]
+            _run_batch(
+                group,
+                build_batch(group),
+                finder,
+                counts or GenerationCounts(),
+                on_tokens=on_tokens,
+                finish=finish,
+            )
     return [generation for generation in results if generation is not None]
+
+
+def _build_finder(
+    tokenizer: PreTrainedTokenizerBase | None, eos_token_ids: Sequence[int] | None, stop: Sequence[str]
+) -> EndFinder:
+    if tokenizer is None:
+        if any(stop):
+            raise UserInputError("stop strings need a tokenizer", remedy="pass tokenizer=")
+        return TokenEndFinder(eos_token_ids or ())
+    if eos_token_ids is None:
+        eos_token_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return StopFinder(tokenizer, eos_token_ids, stop)
 
 
 def _make_rows(
@@ -156,7 +160,7 @@ def _make_rows(
     keys: Sequence[tuple[int, int]] | None,
     max_new_tokens: int,
     context_length: int | None,
-) -> list[_Row]:
+) -> list[Row]:
     keys = [(index, 0) for index in range(len(prompts_ids))] if keys is None else keys
     if len(keys) != len(prompts_ids):
         raise UserInputError(
@@ -168,118 +172,73 @@ def _make_rows(
         if not prompt_ids:
             raise UserInputError(f"prompt {index} has no tokens", remedy="begin it with the BOS token")
         room = max_new_tokens if context_length is None else context_length - len(prompt_ids)
-        rows.append(_Row(index, prompt_ids, key, min(max_new_tokens, room), []))
+        rows.append(Row(index, prompt_ids, key, min(max_new_tokens, room), []))
     return rows
 
 
 @contextmanager
-def _evaluating(model: DecoderProtocol) -> Iterator[None]:
+def _batch_builder(
+    model: DecoderProtocol,
+    settings: SamplingSettings,
+    seed: int,
+    context_length: int | None,
+    speculation: Speculation | None,
+) -> Iterator[Callable[[list[Row]], Batch]]:
+    """Make the model ready inside the block; yields what makes a batch of rows."""
+    if speculation is None:
+        with torch.inference_mode(), _evaluating(model):
+            yield lambda rows: PlainBatch(model, rows, settings, seed, context_length=context_length)
+        return
+    drafter = speculation.model
+    widths = (1,) * (drafter.horizon - 1) if speculation.widths is None else speculation.widths
+    with torch.inference_mode(), _evaluating(drafter), drafter.decoding_session() as session:
+        plan = DraftPlan(session, DraftTree.of_widths(widths), speculation.token_ids)
+        yield lambda rows: SpeculativeBatch(plan, rows, settings, seed, context_length=context_length)
+
+
+@contextmanager
+def _evaluating(model: DecoderProtocol | DraftingModel) -> Iterator[None]:
     """Switch dropout off inside the block; every submodule gets its mode back."""
-    modes = [(module, module.training) for module in model.modules()]
+    training = [module for module in model.modules() if module.training]
+    if not training:
+        yield
+        return
     model.eval()
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in training:
+            module.training = True
 
 
-@torch.inference_mode()
-def _generate_batch(
-    model: DecoderProtocol,
-    rows: list[_Row],
-    settings: SamplingSettings,
-    seed: int,
-    finder: StopFinder,
-    context_length: int | None,
-    finish: Callable[[_Row, Generation], None],
+def _run_batch(
+    rows: list[Row],
+    batch: Batch,
+    finder: EndFinder,
+    counts: GenerationCounts,
+    *,
+    on_tokens: Callable[[int, Sequence[int]], None] | None,
+    finish: Callable[[Row, Generation], None],
 ) -> None:
-    device = model.device
-    num_steps = max(row.max_new_tokens for row in rows)
-    state = _BatchState(model, rows, num_steps, context_length)
-    uniforms_BT = _uniforms(rows, settings, seed, num_steps).to(device)
-    for first_step in range(0, num_steps, _CHECK_INTERVAL):
-        chosen = []
-        for step in range(first_step, min(first_step + _CHECK_INTERVAL, num_steps)):
-            tokens_B = choose_tokens(state.next_logits(), settings, uniforms_BT[:, step])
-            state.append(tokens_B)
-            chosen.append(tokens_B)
+    """Continue rows until each has ended."""
+    while rows:
         running = []
-        for position, (row, new_ids) in enumerate(zip(rows, torch.stack(chosen, 1).tolist(), strict=True)):
+        for position, (row, new_ids) in enumerate(zip(rows, batch.advance(), strict=True)):
             num_seen = len(row.token_ids)
             row.token_ids.extend(new_ids[: row.max_new_tokens - num_seen])
             ending = finder.find(row.prompt_ids, row.token_ids, num_seen)
             if ending is not None:
-                finish(row, Generation(row.token_ids[: ending.num_tokens], ending.text, ending.reason))
+                del row.token_ids[ending.num_tokens :]
+            batch.count(len(row.token_ids) - num_seen, counts)
+            if on_tokens is not None:
+                on_tokens(row.index, row.token_ids)
+            if ending is not None:
+                finish(row, Generation(row.token_ids, ending.text, ending.reason))
             elif len(row.token_ids) >= row.max_new_tokens:
                 finish(row, Generation(row.token_ids, finder.text(row.prompt_ids, row.token_ids), "length"))
             else:
                 running.append(position)
-        if not running:
-            return
-        if len(running) < len(rows):
-            rows = [rows[position] for position in running]
-            kept_B = torch.tensor(running, device=device)
-            uniforms_BT = uniforms_BT[kept_B]
-            state.keep(kept_B)
-
-
-def _uniforms(rows: Sequence[_Row], settings: SamplingSettings, seed: int, num_steps: int) -> Tensor:
-    if settings.is_greedy:
-        return torch.empty(len(rows), num_steps, dtype=torch.float32)
-    return torch.from_numpy(np.stack([position_uniforms(seed, *row.key, num_steps) for row in rows]))
-
-
-class _BatchState:
-    """The model's inputs for the next forward of a batch, and its cache."""
-
-    def __init__(
-        self, model: DecoderProtocol, rows: Sequence[_Row], num_steps: int, context_length: int | None
-    ) -> None:
-        self._model = model
-        self._max_position = None if context_length is None else context_length - 1
-        device = model.device
-        lengths = [len(row.prompt_ids) for row in rows]
-        longest = max(lengths)
-        self._cache = build_cache(model.config, longest + num_steps)
-        # Any id does for padding: it is masked.
-        self._input_ids = torch.tensor(
-            [[0] * (longest - len(row.prompt_ids)) + list(row.prompt_ids) for row in rows], device=device
-        )
-        lengths_B = torch.tensor(lengths, device=device)
-        columns = torch.arange(longest + num_steps, device=device)
-        self._is_real_BS = columns >= longest - lengths_B[:, None]
-        self._position_ids = (columns[:longest] - (longest - lengths_B)[:, None]).clamp(min=0)
-        # Without padding no mask is needed, and attention kernels are faster without one.
-        self._has_padding = min(lengths) < longest
-        self._num_columns = longest
-
-    def next_logits(self) -> Tensor:
-        """Run the model on the tokens it has not seen and return the last position's logits [B,V]."""
-        mask = self._is_real_BS[:, : self._num_columns].long() if self._has_padding else None
-        output = self._model(
-            input_ids=self._input_ids,
-            attention_mask=mask,
-            position_ids=self._position_ids,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits_BV: Tensor = output.logits[:, -1]
-        return logits_BV
-
-    def append(self, tokens_B: Tensor) -> None:
-        """Make the chosen tokens the next input."""
-        self._input_ids = tokens_B[:, None]
-        self._position_ids = self._position_ids[:, -1:] + 1
-        if self._max_position is not None:
-            # A row that is full but not yet dropped keeps a position the model has; its tokens are discarded.
-            self._position_ids = self._position_ids.clamp(max=self._max_position)
-        self._num_columns += 1
-
-    def keep(self, kept_B: Tensor) -> None:
-        """Drop all rows but those at the given positions."""
-        self._cache.batch_select_indices(kept_B)
-        self._input_ids = self._input_ids[kept_B]
-        self._position_ids = self._position_ids[kept_B]
-        self._is_real_BS = self._is_real_BS[kept_B]
+        if running:
+            batch.keep(running)
+        rows = [rows[position] for position in running]
+    counts.num_forwards += batch.num_forwards

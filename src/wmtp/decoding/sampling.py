@@ -62,11 +62,19 @@ class SamplingSettings:
         return self.temperature == 0
 
 
-def position_uniforms(seed: int, problem: int, sample: int, num_positions: int) -> npt.NDArray[np.float64]:
+# What a number decides. Plain sampling draws tokens only; speculation also draws drafts and whether they are
+# accepted.
+TOKEN_STREAM, DRAFT_STREAM, ACCEPT_STREAM = range(3)
+
+
+def position_uniforms(
+    seed: int, problem: int, sample: int, num_positions: int, *, stream: int = TOKEN_STREAM
+) -> npt.NDArray[np.float64]:
     """Return the uniform numbers in [0, 1) that a sample draws at positions 0 .. num_positions - 1.
 
-    Philox 4x64 (Salmon et al. 2011) with key (seed, problem) and a counter whose third word is the sample.
-    Its raw output is the same in every numpy release, and a longer request begins with the shorter one.
+    Philox 4x64 (Salmon et al. 2011) with key (seed, problem) and a counter whose third word is the sample and
+    whose fourth is the stream. Its raw output is the same in every numpy release, and a longer request begins
+    with the shorter one.
 
     Raises:
         UserInputError: a key is not an unsigned 64-bit integer.
@@ -75,7 +83,7 @@ def position_uniforms(seed: int, problem: int, sample: int, num_positions: int) 
         if not 0 <= value < _UINT64_BOUND:
             raise UserInputError(f"{name} must be in 0..2**64-1, got {value}", remedy="use a small integer")
     key = np.array([seed, problem], dtype=np.uint64)
-    counter = np.array([0, 0, sample, 0], dtype=np.uint64)
+    counter = np.array([0, 0, sample, stream], dtype=np.uint64)
     raw = np.random.Philox(key=key, counter=counter).random_raw(num_positions)
     return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
@@ -130,15 +138,30 @@ def draw_tokens(logits_NV: Tensor, uniforms_N: Tensor) -> Tensor:
         logits_NV: finite or -inf, at least one finite a row.
         uniforms_N: numbers in [0, 1), float64.
     """
+    return draw_from_weights(probabilities(logits_NV), uniforms_N).to(logits_NV.device)
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Return softmax(logits) over the last dimension in float64."""
     # MPS has no float64.
-    where = torch.device("cpu") if logits_NV.device.type == "mps" else logits_NV.device
-    cumulative_NV = logits_NV.to(where, torch.float64).softmax(dim=-1).cumsum(dim=-1)
+    where = torch.device("cpu") if logits.device.type == "mps" else logits.device
+    return logits.to(where, torch.float64).softmax(dim=-1)
+
+
+def draw_from_weights(weights_NV: Tensor, uniforms_N: Tensor) -> Tensor:
+    """Return one token a row with probability in proportion to its weight.
+
+    Args:
+        weights_NV: at least 0, at least one above 0 a row, float64.
+        uniforms_N: numbers in [0, 1), float64.
+    """
+    cumulative_NV = weights_NV.cumsum(dim=-1)
     total_N1 = cumulative_NV[:, -1:]
     # The product can round up to the total itself, beyond every token.
     target_N1 = torch.minimum(
-        uniforms_N.to(where)[:, None] * total_N1, total_N1.nextafter(torch.zeros_like(total_N1))
+        uniforms_N.to(weights_NV.device)[:, None] * total_N1, total_N1.nextafter(torch.zeros_like(total_N1))
     )
-    return torch.searchsorted(cumulative_NV, target_N1, right=True)[:, 0].to(logits_NV.device)
+    return torch.searchsorted(cumulative_NV, target_N1, right=True)[:, 0]
 
 
 def choose_tokens(logits_NV: Tensor, settings: SamplingSettings, uniforms_N: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +20,40 @@ class Ending:
     num_tokens: int
     text: str
     reason: Literal["eos", "stop"]
+
+
+class EndFinder(Protocol):
+    """Looks for the end of a row as its tokens arrive."""
+
+    def text(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> str:
+        """Return the text that `token_ids` add to the prompt."""
+        ...
+
+    def find(self, prompt_ids: Sequence[int], token_ids: Sequence[int], num_seen: int) -> Ending | None:
+        """Return where the row ends, or None if it goes on; the first `num_seen` tokens do not end it."""
+        ...
+
+
+class TokenEndFinder:
+    """Ends rows at tokens; there is no text.
+
+    Args:
+        eos_token_ids: tokens that end a row.
+    """
+
+    def __init__(self, eos_token_ids: Sequence[int]) -> None:
+        self._eos_token_ids = frozenset(eos_token_ids)
+
+    def text(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> str:
+        """Return nothing: see the class."""
+        return ""
+
+    def find(self, prompt_ids: Sequence[int], token_ids: Sequence[int], num_seen: int) -> Ending | None:
+        """Return the first end-of-sequence token after the first `num_seen`."""
+        for position in range(num_seen, len(token_ids)):
+            if token_ids[position] in self._eos_token_ids:
+                return Ending(position + 1, "", "eos")
+        return None
 
 
 class StopFinder:

@@ -1,6 +1,7 @@
 """The MTP model: a Hugging Face causal language model with heads for the tokens after the next."""
 
 from wmtp.modeling.flops import flops_per_token
+from wmtp.modeling.generation import GenerateOptions, GenerateOutput
 from wmtp.modeling.hidden_states import extract_hidden_states
 from wmtp.modeling.mtp_model import MTPModel
 from wmtp.modeling.outputs import LayerArguments, MTPOutput, TrunkOutput
@@ -9,6 +10,8 @@ from wmtp.modeling.trainable import LateParameters, choose_trainable, trainable_
 from wmtp.modeling.value_head import ValueHead
 
 __all__ = [
+    "GenerateOptions",
+    "GenerateOutput",
     "LateParameters",
     "LayerArguments",
     "MTPModel",

@@ -11,18 +11,21 @@ predicts token t + offsets[h], by default t+h+1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from wmtp.exceptions import ModelLoadError, UserInputError
+from wmtp.exceptions import UserInputError
+from wmtp.modeling.drafting import HeadsSession, attention_windows, check_can_draft, verify_drafting
 from wmtp.modeling.formats.export import save_mtp_model
 from wmtp.modeling.formats.load import load_mtp_model
 from wmtp.modeling.formats.sources import ModelSource
+from wmtp.modeling.generation import GenerateKeywords, GenerateOptions, GenerateOutput, generate_tokens
 from wmtp.modeling.heads import (
     Adapter,
     HeadForm,
@@ -35,14 +38,15 @@ from wmtp.modeling.heads import (
     shift_left,
 )
 from wmtp.modeling.lora import LoraAdapters
-from wmtp.modeling.outputs import LayerArguments, MTPOutput, TrunkOutput
+from wmtp.modeling.outputs import MTPOutput, TrunkOutput
 from wmtp.modeling.packing import plan_attention
 from wmtp.modeling.probe import verify_document_isolation, verify_structure
+from wmtp.modeling.recording import LastLayerRecorder, LastLayerTap
 from wmtp.modeling.state_dict import drop_tied_copies, restore_tied_copies
-from wmtp.modeling.structure import find_decoder_parts, find_logit_transform
+from wmtp.modeling.wrapped import WrappedModel
 
 
-class MTPModel(nn.Module):
+class MTPModel(WrappedModel):
     """Wraps a Hugging Face decoder-only causal language model and adds heads for the tokens after the next.
 
     Args:
@@ -59,17 +63,16 @@ class MTPModel(nn.Module):
     def __init__(
         self, causal_lm: PreTrainedModel, *, form: HeadForm = "transformer", offsets: Sequence[int] = (1,)
     ) -> None:
-        super().__init__()
-        self.causal_lm = causal_lm
+        super().__init__(causal_lm)
         self.head_form = form
         self.offsets = check_offsets(offsets)
-        self._parts = find_decoder_parts(causal_lm)
-        self._logit_transform = find_logit_transform(causal_lm)
         self.extra_heads = build_heads(self._parts, form, self.offsets, self.hidden_size)
         # Set by `wmtp.modeling.lora.add_lora`.
         self.lora: LoraAdapters | None = None
         self._structure_verified = False
         self._documents_verified = False
+        # How far its layers see; known once drafting has been verified.
+        self._windows: dict[str, int | None] | None = None
         self.register_state_dict_post_hook(drop_tied_copies)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(restore_tied_copies)  # type: ignore[no-untyped-call]
         if not self._is_on_meta_device:
@@ -232,25 +235,33 @@ class MTPModel(nn.Module):
         normed_BSD: Tensor = self.final_norm(state_BSD)
         return normed_BSD
 
-    def unembed(self, hidden: Tensor) -> Tensor:
-        """Map hidden states [..., D] after the final norm to logits [..., V], as the wrapped model does."""
-        return self._logit_transform(self._unembedding(hidden))
-
     def run_trunk_unchecked(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
     ) -> TrunkOutput:
-        """Run the trunk on what the wrapped model takes, with no plan for documents and no check."""
+        """Run the trunk on what the wrapped model takes, with no plan for documents and no check.
+
+        With a cache its layers write to it, and so do layers run with the arguments that come back.
+        """
         parts = self._parts
-        optional = {"attention_mask": attention_mask, "position_ids": position_ids}
+        optional = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": cache,
+        }
         given = {name: value for name, value in optional.items() if value is not None}
-        recorder = _LastLayerRecorder(input_ids)
+        recorder = LastLayerRecorder(input_ids)
         # The wrapped model prepares masks and positions in its own way and then meets the recorder where its
-        # last layer was. Without a cache: a copied layer keeps its cache index and would attend to head 0's
-        # keys.
+        # last layer was. Without a cache, unless one is given: a copied layer keeps its cache index and would
+        # attend to head 0's keys.
         last_layer = parts.layers[-1]
         parts.layers[-1] = recorder
         try:
-            parts.base(input_ids=input_ids, use_cache=False, **given)
+            parts.base(input_ids=input_ids, use_cache=cache is not None, **given)
         finally:
             parts.layers[-1] = last_layer
         return recorder.recorded
@@ -274,6 +285,59 @@ class MTPModel(nn.Module):
         state_BSD: Tensor = self.extra_heads[head - 1](HeadInputs(trunk, states, embed_ahead))
         return state_BSD
 
+    # ---------------------------------------------------------------- generation
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int,
+        do_sample: bool = False,
+        speculative: bool = True,
+        **options: Unpack[GenerateKeywords],
+    ) -> GenerateOutput:
+        """Continue rows of tokens: what head 0 says, with the other heads' drafts to get there faster.
+
+        Greedy tokens are those of plain decoding; sampled ones follow its distribution.
+
+        Args:
+            input_ids: [B,P] prompts.
+            attention_mask: [B,P], 1 on real tokens and 0 on padding, on either side.
+            max_new_tokens: budget of a row, the end-of-sequence token included.
+            do_sample: draw tokens; otherwise the most likely one is taken.
+            speculative: let the heads draft; False decodes token by token.
+            **options: see `wmtp.modeling.GenerateOptions`: sampling, where rows end, how to draft.
+
+        Raises:
+            UserInputError: an argument is out of range, or the heads cannot draft.
+        """
+        return generate_tokens(
+            self,
+            input_ids,
+            attention_mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            speculative=speculative,
+            options=GenerateOptions(**options),
+        )
+
+    @contextmanager
+    def decoding_session(self) -> Iterator[HeadsSession]:
+        """Make the heads ready to draft inside the block; see `wmtp.decoding`.
+
+        Raises:
+            UserInputError: they cannot draft.
+        """
+        tap = LastLayerTap()
+        with tap.listening(self.last_layer):
+            check_can_draft(self)
+            session = HeadsSession(self, tap, self._windows or attention_windows(self.config))
+            if self._windows is None:
+                verify_drafting(session)
+                self._windows = session.windows
+            yield session
+
     # ---------------------------------------------------------------- properties
 
     @property
@@ -286,100 +350,3 @@ class MTPModel(nn.Module):
         """Whether the heads can guess the next H tokens: one after another, without being given them."""
         is_contiguous = self.offsets == tuple(range(1, self.horizon + 1))
         return is_contiguous and self.horizon > 1 and self.head_form != "teacher_forcing"
-
-    @property
-    def config(self) -> PreTrainedConfig:
-        """The wrapped model's configuration."""
-        return self.causal_lm.config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the unembedding lives."""
-        return self.unembedding_VD.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the unembedding."""
-        return self.unembedding_VD.dtype
-
-    @property
-    def decoder_layers(self) -> nn.ModuleList:
-        """All decoder layers of the wrapped model: the trunk's, then head 0's."""
-        return self._parts.layers
-
-    @property
-    def last_layer(self) -> nn.Module:
-        """Decoder layer of head 0: the wrapped model's own last one."""
-        return self._parts.layers[-1]
-
-    @property
-    def final_norm(self) -> nn.Module:
-        """Norm between every head and the unembedding."""
-        return self._parts.final_norm
-
-    @property
-    def unembedding_VD(self) -> Tensor:
-        """Weight of the unembedding; with tied embeddings the embedding itself."""
-        weight: Tensor = self._unembedding.weight  # type: ignore[assignment]  # any linear layer has it
-        return weight
-
-    @property
-    def unembedding_bias_V(self) -> Tensor | None:
-        """Bias of the unembedding (Phi, GPT-J), else None."""
-        bias: Tensor | None = self._unembedding.bias  # type: ignore[assignment]  # any linear layer has it
-        return bias
-
-    @property
-    def logit_scale(self) -> float:
-        """Factor on the logits (Cohere, Granite), before the soft cap."""
-        return self._logit_transform.scale
-
-    @property
-    def logit_softcap(self) -> float | None:
-        """Soft cap c of `c * tanh(logits / c)` (Gemma 2), else None."""
-        return self._logit_transform.softcap
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of wrapped model and heads, tied ones counted once."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    @property
-    def hidden_size(self) -> int:
-        """D."""
-        return self.unembedding_VD.shape[1]
-
-    @property
-    def _vocab_size(self) -> int:
-        return self.unembedding_VD.shape[0]
-
-    @property
-    def _unembedding(self) -> nn.Module:
-        # Asked for at each use: resizing the vocabulary replaces it.
-        module: nn.Module = self.causal_lm.get_output_embeddings()  # type: ignore[no-untyped-call]
-        return module
-
-    @property
-    def _is_on_meta_device(self) -> bool:
-        return any(parameter.is_meta for parameter in self.parameters())
-
-
-class _LastLayerRecorder(nn.Module):
-    """Stands in for the last decoder layer and notes what it was called with."""
-
-    def __init__(self, input_ids_BS: Tensor) -> None:
-        super().__init__()
-        self._input_ids_BS = input_ids_BS
-        self._recorded: TrunkOutput | None = None
-
-    def forward(self, *positional: Any, **keyword: Any) -> Tensor:
-        trunk_BSD: Tensor = positional[0] if positional else keyword.pop("hidden_states")
-        self._recorded = TrunkOutput(trunk_BSD, LayerArguments(positional[1:], keyword), self._input_ids_BS)
-        # What the wrapped model makes of it (its final norm) is not used.
-        return trunk_BSD
-
-    @property
-    def recorded(self) -> TrunkOutput:
-        if self._recorded is None:
-            raise ModelLoadError("the wrapped model did not run its last decoder layer")
-        return self._recorded

@@ -31,6 +31,13 @@ class LayerArguments:
         result_BSD: Tensor = output[0] if isinstance(output, tuple) else output
         return result_BSD
 
+    def with_cache(self, cache: object, other: object) -> LayerArguments:
+        """Return the same arguments with one cache in the place of another, whatever its name is."""
+        return LayerArguments(
+            tuple(other if value is cache else value for value in self.positional),
+            {name: other if value is cache else value for name, value in self.keyword.items()},
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class TrunkOutput:

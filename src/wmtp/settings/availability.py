@@ -70,11 +70,6 @@ _TABLE = (
         _is_remote_and_not_s3,
         "use a local path, an s3:// address, models:/name/version, or null to train one",
     ),
-    _Unavailable(
-        "eval.types",
-        _among("self-speculation"),
-        "use meta-mtp, exact-match, perplexity or token-accuracy",
-    ),
 )
 
 

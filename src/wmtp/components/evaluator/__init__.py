@@ -18,6 +18,7 @@ from wmtp.components.evaluator.losses import (
     measure_validation,
 )
 from wmtp.components.evaluator.meta_mtp import MetaMtpEvaluator
+from wmtp.components.evaluator.self_speculation import SelfSpeculationEvaluator
 
 __all__ = [
     "DatasetResult",
@@ -28,6 +29,7 @@ __all__ = [
     "PerplexityEvaluator",
     "ProblemResult",
     "ProgressCallback",
+    "SelfSpeculationEvaluator",
     "TemperatureResult",
     "TokenAccuracyEvaluator",
     "measure_accuracy",
