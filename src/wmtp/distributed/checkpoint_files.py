@@ -9,13 +9,15 @@ they are, see `checkpoint_index`.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -55,6 +57,8 @@ from wmtp.exceptions import CheckpointError, StorageDamagedError, StorageError, 
 FileEntries = dict[str, dict[str, Any]]
 
 _SCRATCH_BYTES = 16 * 2**20
+# Pieces of that size that are read and not yet hashed.
+_MAX_PENDING = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,22 +265,19 @@ class SafetensorsReader(StorageReader):
 
     def _read_file(self, file: str, items: dict[str, list[ReadItem]], planner: LoadPlanner) -> None:
         entry = self._files[self._prefix + file]
-        digest = hashlib.sha256()
         try:
             header, stored = plan_file(self._forms[file])
             if len(header) + sum(tensor.num_bytes for tensor in stored) != entry["size"]:
                 raise ValueError("its size is not that of the tensors that the index says are in it")
-            with (
-                self._store.open(self._name, self._prefix + file) as stream,
-                ThreadPoolExecutor(1) as hasher,
-            ):
+            with self._store.open(self._name, self._prefix + file) as stream, _Digest() as digest:
                 found = bytearray(len(header))
                 read_into(stream, memoryview(found))
                 if found != header:
                     raise ValueError("its header is not that of the tensors that the index says are in it")
-                digest.update(found)
+                digest.update(memoryview(found))
                 for tensor in stored:
-                    _read_tensor(stream, tensor, items.get(tensor.name, []), planner, digest, hasher)
+                    _read_tensor(stream, tensor, items.get(tensor.name, []), planner, digest)
+                sha256 = digest.finish()
         except (StorageMissingError, StorageDamagedError) as error:
             raise damaged(self._store, self._name, file, error.message) from error
         except StorageError:
@@ -284,13 +285,40 @@ class SafetensorsReader(StorageReader):
             raise
         except (OSError, ValueError) as error:
             raise damaged(self._store, self._name, file, str(error)) from error
-        if digest.hexdigest() != entry["sha256"]:
+        if sha256 != entry["sha256"]:
             raise damaged(self._store, self._name, file, "its SHA-256 differs from the manifest's")
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
         """Stores are given, not found by an id."""
         return False
+
+
+class _Digest:
+    """SHA-256 of pieces in order, taken by a thread while the next ones are read."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+        self._pending: deque[concurrent.futures.Future[None]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def update(self, piece: memoryview) -> None:
+        """Add a piece, whose bytes must stay as they are; waits where too many are still to be hashed."""
+        self._pending.append(self._thread.submit(self._digest.update, piece))
+        while len(self._pending) > _MAX_PENDING:
+            self._pending.popleft().result()
+
+    def finish(self) -> str:
+        """The digest of all pieces, in hex."""
+        while self._pending:
+            self._pending.popleft().result()
+        return self._digest.hexdigest()
 
 
 def damaged(store: StepStore, name: str, file: str, reason: str) -> CheckpointError:
@@ -306,15 +334,13 @@ def _read_tensor(
     stored: StoredTensor,
     items: list[ReadItem],
     planner: LoadPlanner,
-    digest: Any,
-    hasher: ThreadPoolExecutor,
+    digest: _Digest,
 ) -> None:
     """Read one tensor of a file to where it is wanted, or past it."""
     if not items:
         left = stored.num_bytes
-        scratch = memoryview(bytearray(min(left, _SCRATCH_BYTES)))
         while left:
-            view = scratch[: min(left, len(scratch))]
+            view = memoryview(bytearray(min(left, _SCRATCH_BYTES)))
             read_into(stream, view)
             digest.update(view)
             left -= len(view)
@@ -329,12 +355,10 @@ def _read_tensor(
     )
     buffer = target.detach() if is_direct else torch.empty(stored.shape, dtype=stored.dtype)
     view = tensor_bytes(buffer)
-    hashed = []
     for start in range(0, len(view), _SCRATCH_BYTES):
         piece = view[start : start + _SCRATCH_BYTES]
         read_into(stream, piece)
-        # One thread hashes in order while the next piece is read; the memory stays until it is done.
-        hashed.append(hasher.submit(digest.update, piece))
+        digest.update(piece)
     for item in items:
         if not is_direct:
             target = planner.resolve_tensor(item).detach()
@@ -343,8 +367,6 @@ def _read_tensor(
                 part = part.narrow(dim, offset, length)
             target.copy_(part)
         planner.commit_tensor(item, target)
-    for future in hashed:
-        future.result()
 
 
 def _key(item: WriteItem) -> str:
