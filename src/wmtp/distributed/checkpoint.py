@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from wmtp.distributed.checkpoint_files import FileEntries, SafetensorsWriter, create_hashed
+from wmtp.distributed.checkpoint_files import FileEntries, SafetensorsWriter
 from wmtp.distributed.checkpoint_reading import (
     FORMAT,
     INDEX_NAME,
@@ -44,6 +44,7 @@ from wmtp.distributed.checkpoint_reading import (
 )
 from wmtp.distributed.checkpoint_store import StepDraft, StepFolder, StepStore
 from wmtp.distributed.checkpoint_tensors import find_aliases, flatten_groups
+from wmtp.distributed.hashing import create_hashed
 from wmtp.distributed.publishing import manifest_bytes, parse_manifest
 from wmtp.distributed.ranks import agree, raise_together, rank_in
 from wmtp.exceptions import (

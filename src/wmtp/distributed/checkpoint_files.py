@@ -9,15 +9,10 @@ they are, see `checkpoint_index`.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import hashlib
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,8 +36,8 @@ from torch.futures import Future
 
 from wmtp.distributed.checkpoint_index import Chunk, Index
 from wmtp.distributed.checkpoint_store import StepDraft, StepStore
+from wmtp.distributed.hashing import StreamDigest, create_hashed
 from wmtp.distributed.safetensors_stream import (
-    ByteSink,
     ByteSource,
     StoredTensor,
     dtype_name,
@@ -57,8 +52,6 @@ from wmtp.exceptions import CheckpointError, StorageDamagedError, StorageError, 
 FileEntries = dict[str, dict[str, Any]]
 
 _SCRATCH_BYTES = 16 * 2**20
-# Pieces of that size that are read and not yet hashed.
-_MAX_PENDING = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,36 +73,6 @@ class _WrittenChunk:
     offsets: list[int]
     sizes: list[int]
     entry: dict[str, Any]
-
-
-class HashingWriter:
-    """Passes bytes on to a file and hashes them; a second thread hashes while the file takes them."""
-
-    def __init__(self, file: ByteSink, hasher: ThreadPoolExecutor) -> None:
-        self._file = file
-        self._hasher = hasher
-        self._digest = hashlib.sha256()
-        self.size = 0
-
-    def write(self, content: bytes | memoryview) -> int:
-        """Write everything and return how much that was."""
-        hashed = self._hasher.submit(self._digest.update, content)
-        self._file.write(content)
-        self.size += len(content)
-        # The content may be the memory of a temporary tensor.
-        hashed.result()
-        return len(content)
-
-    def entry(self) -> dict[str, Any]:
-        """Size and SHA-256, as a manifest holds them."""
-        return {"size": self.size, "sha256": self._digest.hexdigest()}
-
-
-@contextmanager
-def create_hashed(draft: StepDraft, name: str) -> Iterator[HashingWriter]:
-    """A new file of a draft that is hashed while it is written."""
-    with draft.create(name) as file, ThreadPoolExecutor(1) as hasher:
-        yield HashingWriter(file, hasher)
 
 
 class SafetensorsWriter(StorageWriter):
@@ -269,7 +232,7 @@ class SafetensorsReader(StorageReader):
             header, stored = plan_file(self._forms[file])
             if len(header) + sum(tensor.num_bytes for tensor in stored) != entry["size"]:
                 raise ValueError("its size is not that of the tensors that the index says are in it")
-            with self._store.open(self._name, self._prefix + file) as stream, _Digest() as digest:
+            with self._store.open(self._name, self._prefix + file) as stream, StreamDigest() as digest:
                 found = bytearray(len(header))
                 read_into(stream, memoryview(found))
                 if found != header:
@@ -294,33 +257,6 @@ class SafetensorsReader(StorageReader):
         return False
 
 
-class _Digest:
-    """SHA-256 of pieces in order, taken by a thread while the next ones are read."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sha256")
-        self._pending: deque[concurrent.futures.Future[None]] = deque()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
-
-    def update(self, piece: memoryview) -> None:
-        """Add a piece, whose bytes must stay as they are; waits where too many are still to be hashed."""
-        self._pending.append(self._thread.submit(self._digest.update, piece))
-        while len(self._pending) > _MAX_PENDING:
-            self._pending.popleft().result()
-
-    def finish(self) -> str:
-        """The digest of all pieces, in hex."""
-        while self._pending:
-            self._pending.popleft().result()
-        return self._digest.hexdigest()
-
-
 def damaged(store: StepStore, name: str, file: str, reason: str) -> CheckpointError:
     """The error of a file that is not what was written."""
     return CheckpointError(
@@ -334,7 +270,7 @@ def _read_tensor(
     stored: StoredTensor,
     items: list[ReadItem],
     planner: LoadPlanner,
-    digest: _Digest,
+    digest: StreamDigest,
 ) -> None:
     """Read one tensor of a file to where it is wanted, or past it."""
     if not items:
