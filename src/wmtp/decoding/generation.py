@@ -52,7 +52,7 @@ class Speculation:
         model: the model with its heads; head 0 is the model that generates.
         widths: alternatives that heads 1, 2, ... draft; None for one each (a chain).
         token_ids: tokens that drafts are chosen among; None for all. Fewer make drafting cheaper where the
-            vocabulary is large for the model, see `frequent_tokens`; the output is the same.
+            vocabulary is large for the model; the output is the same.
     """
 
     model: DraftingModel
