@@ -75,7 +75,7 @@ def _tracked(config: Config, run_id: str | None) -> tuple[str, list[int], dict[s
     return run.info.status, sorted(steps), run.data.tags
 
 
-@pytest.mark.parametrize("algorithm", ["baseline-mtp", "critic-wmtp"])
+@pytest.mark.parametrize("algorithm", [pytest.param("baseline-mtp", marks=pytest.mark.slow), "critic-wmtp"])
 def test_a_branch_leaves_the_run_it_comes_from_alone(algorithm: str, tmp_path: Path) -> None:
     config = _config(tmp_path)
     first = _train(config, _recipe(4, algo=algorithm), "first")

@@ -85,7 +85,7 @@ def ending(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, errors
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_in_the_steps_a_signal_to_the_whole_group_ends_after_a_save(
     number: signal.Signals, tmp_path: Path
 ) -> None:
@@ -117,7 +117,7 @@ def test_sigterm_to_the_whole_group_lets_the_step_and_the_save_be_finished(tmp_p
     assert step == max(losses(tmp_path))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_before_the_first_step_there_is_nothing_to_save(number: signal.Signals, tmp_path: Path) -> None:
     with training(tmp_path, "mtp_baseline", "--run-name", "run", *MANY) as process:
         wait_until(process, lambda: has_handlers(process))
