@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 
 from wmtp.components.trainer.callbacks import RunStopped
 from wmtp.exceptions import TrainingInterruptedError, disk_error
+
+logger = logging.getLogger(__name__)
 
 # Shells report 128 + n of a process that signal n ended.
 _SHELL_OFFSET = 128
@@ -25,8 +28,11 @@ class RunStage:
         self._is_trained = False
 
     def resumed(self, checkpoint: str, run: str) -> None:
-        """The run goes on from `checkpoint`, a step of the run folder `run`."""
+        """The run goes on from `checkpoint`, a step of the run folder `run`; said where that is new."""
+        is_new = checkpoint != self._saved
         self._saved, self._resume = checkpoint, run
+        if is_new:
+            logger.info("going on from %s", checkpoint)
 
     def trained(self, checkpoint: str, run: str) -> None:
         """Training is over and saved in `checkpoint`; export, evaluation and report are left."""

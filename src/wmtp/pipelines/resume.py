@@ -147,7 +147,6 @@ def _load_checkpoint(config: Config, recipe: Recipe, environment: Environment, p
             f"{checkpoint.uri} is at step {checkpoint.step}, past train.max_steps {recipe.train.max_steps}",
             remedy="raise train.max_steps, or resume from an earlier step",
         )
-    logger.info("going on from %s", checkpoint.uri)
     return checkpoint
 
 

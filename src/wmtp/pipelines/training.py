@@ -106,6 +106,8 @@ def _train(
     environment = prepare_environment(config, recipe)
     start = find_start(config, recipe, environment, resume_checkpoint, options.run_name)
     paths = start.paths
+    if start.checkpoint is not None:
+        stage.resumed(start.checkpoint.uri, start.checkpoint.run_uri)
 
     # 2. What: base model, tokenizer, data, reference model.
     parts = _build_parts(config, recipe, environment, options, dry_run=False)
