@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hostile_suite import num_named
 from sandbox_users import needs_kind
 
 from wmtp.execution import ProgramJob, run_program
@@ -161,18 +162,6 @@ def descendants(root: int) -> set[int]:
         fresh = {pid for pid, parent in parents.items() if parent in fresh}
         found |= fresh
     return found
-
-
-def num_named(name: str) -> int:
-    """Number of processes of any user that carry the name."""
-    count = 0
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                count += (entry / "comm").read_text().strip() == name
-            except OSError:
-                continue  # it has ended meanwhile
-    return count
 
 
 @pytest.mark.parametrize("source", [FORKS, DAEMON], ids=["forks", "daemon"])

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from s3_server import S3Server
-from wmtp.components.loader.builtin import micro_tokenizer
+from tiny_llama import write_llama
 from wmtp.components.loader.step_stores import open_run_store
 from wmtp.distributed.checkpoint import find_latest_valid
 from wmtp.distributed.checkpoint_reading import Checkpoint
@@ -148,24 +147,16 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 def write_tiny_model(folder: Path) -> Path:
     """A Llama of two layers, 32 wide, with the tokenizer of the built-in models."""
-    tokenizer = micro_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    torch.manual_seed(7)
+    return write_llama(
+        folder,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        max_position_embeddings=256,
         initializer_range=0.1,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
-    torch.manual_seed(7)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def write_stream(path: Path, num_rows: int = 60) -> Path:

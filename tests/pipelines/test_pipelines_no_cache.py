@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from s3_server import S3Server
-from wmtp.components.loader.builtin import micro_tokenizer
+from tiny_llama import write_llama
 from wmtp.execution.layout import find_bubblewrap
 from wmtp.storage import S3Manager
 
@@ -22,20 +21,7 @@ _TMP_BYTES = 8 * 2**20
 
 
 def _upload_model(manager: S3Manager, uri: str, folder: Path) -> int:
-    tokenizer = micro_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_llama(folder, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4)
     for file in folder.iterdir():
         manager.write_bytes(f"{uri}/{file.name}", file.read_bytes())
     return (folder / "model.safetensors").stat().st_size

@@ -17,7 +17,7 @@ from wmtp.evaluation.records import key_of
 from wmtp.exceptions import UserInputError
 from wmtp.modeling import MTPModel
 from wmtp.pipelines.environment import Environment, RunPaths, default_run_name, run_paths
-from wmtp.pipelines.resume import refuse_existing_report
+from wmtp.pipelines.resume import changed_keys, list_changes, refuse_existing_report
 from wmtp.settings import Config, Recipe, redacted_dump
 from wmtp.storage.atomic import write_json_atomic
 from wmtp.tracking import flatten_params
@@ -158,16 +158,16 @@ def _interrupted(config: Config, recipe: Recipe, identity: EvaluationIdentity) -
 
 def _check_same(paths: RunPaths, state: Mapping[str, Any], identity: EvaluationIdentity) -> None:
     before, now = state["identity"], identity.facts
-    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    changed = changed_keys(before, now)
     if state["finished"]:
         raise UserInputError(
             f"run {paths.name!r} already has results in {paths.report}",
             remedy="choose another --run-name",
         )
     if changed:
-        listed = "\n".join(f"  {key}: {before.get(key)} -> {now.get(key)}" for key in changed)
         raise UserInputError(
-            f"run {paths.name!r} is an interrupted evaluation of something else:\n{listed}",
+            f"run {paths.name!r} is an interrupted evaluation of something else:\n"
+            + list_changes(before, now, changed),
             remedy="go on with what it was started with, or choose another --run-name",
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,18 +185,18 @@ def refuse_existing_report(config: Config, paths: RunPaths) -> None:
 
 
 def _check_recipe(before: dict[str, Any], now: dict[str, str]) -> None:
-    refused = [key for key in _changed(before, now) if not key.startswith(_FREE_KEYS)]
+    refused = [key for key in changed_keys(before, now) if not key.startswith(_FREE_KEYS)]
     if refused:
-        listed = "\n".join(f"  {key}: {before.get(key)} -> {now.get(key)}" for key in refused)
         raise CheckpointError(
-            f"the recipe differs from the one this run was started with:\n{listed}",
+            "the recipe differs from the one this run was started with:\n"
+            + list_changes(before, now, refused),
             remedy="resume with the recipe of the run, or start a new run",
         )
 
 
 def _warn_of_changes(before: dict[str, Any], now: dict[str, dict[str, str]]) -> None:
     for part in ("recipe", "config"):
-        for key in _changed(before[part], now[part]):
+        for key in changed_keys(before[part], now[part]):
             logger.warning(
                 "resuming with a changed %s: %s -> %s", key, before[part].get(key), now[part].get(key)
             )
@@ -207,7 +208,7 @@ def _warn_of_changes(before: dict[str, Any], now: dict[str, dict[str, str]]) -> 
                 "length from the start would have had other rates before",
                 scheduler,
             )
-    for key in _changed(before["machine"], now["machine"]):
+    for key in changed_keys(before["machine"], now["machine"]):
         logger.warning(
             "resuming with another %s: %s -> %s; numbers will be close to those of the uninterrupted run, "
             "not the same bit for bit",
@@ -217,5 +218,11 @@ def _warn_of_changes(before: dict[str, Any], now: dict[str, dict[str, str]]) -> 
         )
 
 
-def _changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
+def changed_keys(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Names whose flat text differs, those that only one side has too; sorted."""
     return [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+
+
+def list_changes(before: Mapping[str, str], now: Mapping[str, str], keys: Iterable[str]) -> str:
+    """The changes as a message shows them, a line each."""
+    return "\n".join(f"  {key}: {before.get(key)} -> {now.get(key)}" for key in keys)

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from wmtp.reporting.text import visible
+from wmtp.reporting.pages import page_template
 
 # A page stays light enough for a phone: so many programs, so many characters.
 _MAX_PROGRAMS: Final = 400
@@ -68,15 +66,7 @@ def write_generation_pages(
     numbered = [(number, *item) for number, item in enumerate(problems.items(), 1)]
     chunks = _chunks(numbered)
     names = [f"{dataset}.page-{number}.html" for number in range(1, len(chunks) + 1)]
-    environment = Environment(
-        loader=PackageLoader("wmtp.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["visible"] = visible
-    template = environment.get_template("generations.html.j2")
+    template = page_template("generations.html.j2")
     problem_places, line_places = {}, {}
     for name, chunk in zip(names, chunks, strict=True):
         shown: list[dict[str, Any]] = [

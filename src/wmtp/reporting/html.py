@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from wmtp.reporting.charts import NUM_COLORS, SVG_DASHES, panel_svg
@@ -21,6 +20,7 @@ from wmtp.reporting.details import (
     temperature_table,
     verdict_text,
 )
+from wmtp.reporting.pages import page_template
 from wmtp.reporting.summary import (
     ScoreTable,
     finding_table,
@@ -30,7 +30,6 @@ from wmtp.reporting.summary import (
     score_tables,
     timing_table,
 )
-from wmtp.reporting.text import format_percent, visible
 from wmtp.reporting.tokens import heaviest_tokens, shaded_tokens
 
 
@@ -43,16 +42,7 @@ class _Picture:
 
 def render_html(title: str, runs: Sequence[ReportRun]) -> str:
     """Render the whole page; every text is escaped, what a run lacks is left out."""
-    environment = Environment(
-        loader=PackageLoader("wmtp.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = format_percent
-    environment.filters["visible"] = visible
-    return environment.get_template("report.html.j2").render(
+    return page_template("report.html.j2").render(
         title=title,
         runs=runs,
         headline=headline(runs),

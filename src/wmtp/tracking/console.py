@@ -27,7 +27,24 @@ from wmtp.reporting.text import format_duration
 _LOSS, _SPEED, _MEMORY = "train/loss", "train/tokens_per_second", "train/memory_peak_gib"
 
 
-class ProgressDisplay:
+class _Display:
+    """A context in which progress is drawn, where there is a terminal to draw on."""
+
+    _progress: Progress | None
+
+    def __enter__(self) -> Self:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+class ProgressDisplay(_Display):
     """Progress of a training run: step, loss, tokens/s, time left, memory.
 
     In a terminal one line is redrawn in place. Elsewhere (a file, a pipe, CI) each update that brings metrics
@@ -49,7 +66,7 @@ class ProgressDisplay:
         self._console = console or Console(stderr=True)
         self._started = time.monotonic()
         self._facts = ""
-        self._progress: Progress | None = None
+        self._progress = None
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}", markup=False, style="bold"),
@@ -63,15 +80,7 @@ class ProgressDisplay:
 
     def __enter__(self) -> Self:
         self._started = time.monotonic()
-        if self._progress is not None:
-            self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        return super().__enter__()
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """Show that `step` optimizer steps are done; with `metrics` also what they say.
@@ -101,7 +110,7 @@ class ProgressDisplay:
         return "  ".join(parts)
 
 
-class StageDisplay:
+class StageDisplay(_Display):
     """Progress of work that counts what is done, stage by stage, such as programs generated and run.
 
     In a terminal one line is redrawn in place. Elsewhere a stage prints one plain line when it is done.
@@ -114,7 +123,7 @@ class StageDisplay:
         self._console = console or Console(stderr=True)
         self._stage = ""
         self._started = time.monotonic()
-        self._progress: Progress | None = None
+        self._progress = None
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}", markup=False, style="bold"),
@@ -124,17 +133,6 @@ class StageDisplay:
                 TimeRemainingColumn(),
                 console=self._console,
             )
-
-    def __enter__(self) -> Self:
-        if self._progress is not None:
-            self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
 
     def update(self, stage: str, num_done: int, num_total: int) -> None:
         """Show that so many of so many are done; a new name begins a new stage."""
