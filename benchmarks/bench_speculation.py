@@ -2,6 +2,10 @@
 
     python benchmarks/bench_speculation.py                    # 4, 12 and 24 layers, transformer heads
     python benchmarks/bench_speculation.py --layers 4 --forms linear medusa sequential
+    # a vocabulary that is large for the model: drafts chosen among all tokens, and among the frequent ones
+    python benchmarks/bench_speculation.py --layers 4 --vocab 32000 --draft-tokens 0 128
+    # heads that are unsure: chains and trees
+    python benchmarks/bench_speculation.py --layers 12 --noise 0.5 --steps 80 --widths 1,1,1 2,2,1 3,2,1
 
 Trains a small Llama on MicroCode without noise by the training pipeline (kept in `--folder` for the next
 time), then lets it write held-out tasks greedily, a row at a time, in ways that take turns, so that all see
@@ -9,9 +13,9 @@ the same machine. A row's time is its best round, and the speed-up the ratio of 
 of the rounds' ratios stands in brackets.
 
 Prediction: a forward costs what the weights weigh that it uses. Plain decoding uses L layers and one
-unembedding; speculation L + H - 1 layers (or the heads' own small maps) and H unembeddings, one a head, and
-gains `tokens per forward` tokens for it. In brackets, stricter: two unembeddings, as the drafts' are one
-product.
+unembedding; speculation L + H - 1 layers (or the heads' own small maps) and H unembeddings, one a head (of
+these, H - 1 of the share of the vocabulary that drafts are chosen among), and gains `tokens per forward`
+tokens for it. In brackets, stricter: two unembeddings, as the drafts' are one product.
 """
 
 from __future__ import annotations
@@ -26,9 +30,10 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from wmtp.components.data.unified_loader import UnifiedDataLoader
 from wmtp.components.tokenizer import HfTokenizer
 from wmtp.components.tokenizer.hf import TokenizerSettings
-from wmtp.decoding import GenerationCounts, Speculation, generate
+from wmtp.decoding import GenerationCounts, Speculation, frequent_tokens, generate
 from wmtp.evaluation.microcode import build_tokenizer, generate_problems, to_task
 from wmtp.modeling import MTPModel
 from wmtp.pipelines import RunOptions, run_training_pipeline
@@ -37,18 +42,21 @@ from wmtp.settings import load_config, load_recipe
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def train(folder: Path, *, layers: int, hidden: int, form: str, horizon: int, steps: int) -> Path:
+def train(args: argparse.Namespace, layers: int, form: str) -> Path:
     """Train a model by the project's own pipeline, unless it is there; returns its export."""
-    name = f"{layers}-layers-{hidden}-{form}-{horizon}-heads-{steps}-steps"
+    folder, hidden = args.folder.absolute(), args.hidden
+    name = f"{layers}-layers-{hidden}-{form}-{args.horizon}-heads-{args.steps}-steps"
+    name += f"-{args.vocab}-tokens" if args.vocab else ""
+    name += f"-noise-{args.noise}" if args.noise else ""
     export = folder / "models" / name / "final"
     if (export / "wmtp.json").is_file():
         return export
-    base = folder / "bases" / f"{layers}-{hidden}"
+    base = folder / "bases" / f"{layers}-{hidden}-{args.vocab}"
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
     llama = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=args.vocab or len(tokenizer),
             hidden_size=hidden,
             intermediate_size=8 * hidden // 3 // 8 * 8,
             num_hidden_layers=layers,
@@ -71,12 +79,12 @@ def train(folder: Path, *, layers: int, hidden: int, form: str, horizon: int, st
     recipe = load_recipe(
         CONFIGS / "recipe.baseline.yaml",
         overrides=[
-            f"train.max_steps={steps}",
+            f"train.max_steps={args.steps}",
             "train.eval_every_steps=null",
-            f"model.mtp.horizon={horizon}",
+            f"model.mtp.horizon={args.horizon}",
             f"model.mtp.head={form}",
-            "data.microcode.wrong_ratio=0",
-            "data.microcode.comment_ratio=0",
+            f"data.microcode.wrong_ratio={args.noise}",
+            f"data.microcode.comment_ratio={args.noise}",
             "data.microcode.num_examples=8000",
             f"optim.lr={3e-3 if layers <= 8 else 1.5e-3}",
             "optim.warmup_steps=20",
@@ -109,7 +117,16 @@ def best_times(
     return {name: sum(each) for name, each in best.items()}, total, tokens
 
 
-def cost_ratio(model: MTPModel, num_unembeddings: int) -> float:
+def frequent(tokenizer: HfTokenizer, num_tokens: int) -> list[int] | None:
+    """Return the tokens that programs to learn from use most; None, which is all, for 0."""
+    if num_tokens == 0:
+        return None
+    examples = UnifiedDataLoader().load("builtin:microcode", limit=2000)
+    texts = (each["labels"] for each in tokenizer.tokenize_dataset(examples))
+    return frequent_tokens(([label for label in text if label >= 0] for text in texts), num_tokens)
+
+
+def cost_ratio(model: MTPModel, num_unembeddings: float) -> float:
     """Weights that a speculative forward uses over those of a plain one."""
 
     def size(module: torch.nn.Module) -> int:
@@ -139,10 +156,8 @@ def measure(model: MTPModel, tokenizer: HfTokenizer, args: argparse.Namespace, l
 
     def by_wmtp(
         prompts: Sequence[Sequence[int]],
-        widths: Sequence[int] | None = None,
+        speculation: Speculation | None = None,
         counts: GenerationCounts | None = None,
-        *,
-        speculative: bool,
     ) -> list[list[int]]:
         generations = generate(
             model.causal_lm,
@@ -152,19 +167,25 @@ def measure(model: MTPModel, tokenizer: HfTokenizer, args: argparse.Namespace, l
             eos_token_ids=[end_id],
             context_length=512,
             batch_size=args.batch,
-            speculation=Speculation(model, widths) if speculative else None,
+            speculation=speculation,
             counts=counts,
         )
         return [generation.token_ids for generation in generations]
 
-    plain_tokens = by_wmtp(prompts, speculative=False)
-    shapes = [tuple(map(int, text.split(","))) for text in args.widths]
+    plain_tokens = by_wmtp(prompts)
+    shapes: dict[str, Speculation] = {}
+    for widths in args.widths:
+        for num_tokens in args.draft_tokens:
+            name = f"{widths} of {num_tokens or 'all'} tokens"
+            shapes[name] = Speculation(
+                model, tuple(map(int, widths.split(","))), frequent(tokenizer, num_tokens)
+            )
     ways: dict[str, Callable[[Sequence[int]], int]] = {
         "transformers": by_transformers,
-        "plain": lambda prompt: len(by_wmtp([prompt], speculative=False)[0]),
+        "plain": lambda prompt: len(by_wmtp([prompt])[0]),
     }
-    for widths in shapes:
-        ways[str(widths)] = lambda prompt, widths=widths: len(by_wmtp([prompt], widths, speculative=True)[0])
+    for name, speculation in shapes.items():
+        ways[name] = lambda prompt, speculation=speculation: len(by_wmtp([prompt], speculation)[0])
     best, rounds, tokens = best_times(ways, prompts, args.rounds)
 
     def ratio(first: str, second: str) -> str:
@@ -172,17 +193,18 @@ def measure(model: MTPModel, tokenizer: HfTokenizer, args: argparse.Namespace, l
         median = statistics.median(one / other for one, other in pairs)
         return f"{best[first] / best[second]:.2f} ({median:.2f})"
 
-    for widths in shapes:
+    vocab_size = len(model.unembedding_VD)
+    for name, speculation in shapes.items():
         counts = GenerationCounts()
-        drafted_tokens = by_wmtp(prompts, widths, counts, speculative=True)
+        drafted_tokens = by_wmtp(prompts, speculation, counts)
         same = sum(ours == other for ours, other in zip(drafted_tokens, plain_tokens, strict=True))
-        name = str(widths)
-        predicted = counts.tokens_per_forward / cost_ratio(model, model.horizon)
-        strict = counts.tokens_per_forward / cost_ratio(model, 2)
+        share = len(speculation.token_ids or range(vocab_size)) / vocab_size
+        predicted = counts.tokens_per_forward / cost_ratio(model, 1 + (model.horizon - 1) * share)
+        strict = counts.tokens_per_forward / cost_ratio(model, 1 + share)
         speed_up = best["plain"] / best[name]
         acceptance = " ".join(f"{share:.2f}" for share in counts.acceptance[1:])
         print(
-            f"| {label} | {','.join(map(str, widths))} | {counts.tokens_per_forward:.2f} | {acceptance} "
+            f"| {label} | {name} | {counts.tokens_per_forward:.2f} | {acceptance} "
             f"| {tokens['transformers'] / best['transformers']:.0f} | {tokens['plain'] / best['plain']:.0f} "
             f"| {tokens[name] / best[name]:.0f} | {ratio('transformers', 'plain')} | {ratio('plain', name)} "
             f"| {predicted:.2f} ({strict:.2f}) | {speed_up / predicted:.2f} ({speed_up / strict:.2f}) "
@@ -197,6 +219,10 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", type=int, default=[4, 12, 24])
     parser.add_argument("--forms", nargs="+", default=["transformer"])
     parser.add_argument("--widths", nargs="+", default=["1,1,1"], help="shapes of drafts")
+    parser.add_argument("--draft-tokens", nargs="+", type=int, default=[0], help="drafted among; 0: all")
+    parser.add_argument("--vocab", type=int, default=0, help="of the model; 0: the tokenizer's")
+    parser.add_argument("--noise", type=float, default=0.0, help="share of wrong and of commented examples")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--hidden", type=int, default=96)
     parser.add_argument("--horizon", type=int, default=4)
     parser.add_argument("--steps", type=int, default=240)
@@ -209,24 +235,17 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(
-        "| layers, heads | widths | tokens per forward | acceptance of heads 1.. | transformers tokens/s "
+        "| layers, heads | drafts | tokens per forward | acceptance of heads 1.. | transformers tokens/s "
         "| plain tokens/s | speculative tokens/s | plain over transformers | speed-up | predicted "
         "| measured / predicted | same tokens |"
     )
     print("|" + "---|" * 12, flush=True)
     for layers in args.layers:
         for form in args.forms:
-            export = train(
-                args.folder.absolute(),
-                layers=layers,
-                hidden=args.hidden,
-                form=form,
-                horizon=args.horizon,
-                steps=args.steps,
-            )
+            export = train(args, layers, form)
             if args.train_only:
                 continue
-            model = MTPModel.from_pretrained(export).eval()
+            model = MTPModel.from_pretrained(export).eval().to(getattr(torch, args.dtype))
             tokenizer = HfTokenizer(TokenizerSettings(path=str(export)))
             measure(model, tokenizer, args, f"{layers}, {form}")
 

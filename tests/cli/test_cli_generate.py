@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,9 @@ from wmtp.cli.app import main
 from wmtp.components.loader.builtin import build_micro_llama, micro_tokenizer
 from wmtp.components.tokenizer import HfTokenizer, TokenizerSettings
 from wmtp.modeling import MTPModel
+from wmtp.modeling.drafting import HeadsSession
 
+DRAFT_FROM = ("--prompt", "a", "--speculative", "--draft-from")
 PROMPT = "# reverse the text\ndef f(s):\n"
 
 
@@ -81,7 +86,7 @@ def test_a_stop_string_ends_the_text_and_is_never_shown(
 
 
 def test_the_prompt_comes_from_a_file_or_standard_input_too(
-    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = write(checkpoint, capsys)[0]
     file = tmp_path / "prompt.py"
@@ -89,6 +94,32 @@ def test_the_prompt_comes_from_a_file_or_standard_input_too(
     options = ("--checkpoint", checkpoint, "--prompt-file", str(file), "--max-new-tokens", "24")
     assert run_cli("generate", *options) == 0
     assert capsys.readouterr().out == expected
+    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
+    assert run_cli("generate", *options[:3], "-", *options[4:]) == 0
+    assert capsys.readouterr().out == expected
+
+
+def test_drafts_are_chosen_among_the_tokens_of_a_dataset(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = write(checkpoint, capsys)[0]
+    tokenizer = micro_tokenizer()
+    # What is learnt, the completion, counts; the prompt does not.
+    row = {"prompt": "x y z\n", "completion": "aaa b"}
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(row) + "\n")
+    among: list[list[int]] = []
+
+    def note(session: HeadsSession, token_ids: torch.Tensor) -> Any:
+        among.append(token_ids.tolist())
+        return session.model.build_unembedding(token_ids)
+
+    monkeypatch.setattr(HeadsSession, "partial_unembedding", note)
+    options = ["--speculative", "--draft-from", str(data)]
+    assert write(checkpoint, capsys, *options)[0] == expected
+    assert write(checkpoint, capsys, *options, "--draft-vocabulary", "1")[0] == expected
+    assert among[0] == sorted({*tokenizer.encode("aaa b", add_special_tokens=False), tokenizer.eos_token_id})
+    assert among[1] == tokenizer.encode("a", add_special_tokens=False)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +135,12 @@ def test_the_prompt_comes_from_a_file_or_standard_input_too(
         (("--prompt", "a", "--top-k", "-1"), "top_k must be"),
         (("--prompt", "a", "--max-new-tokens", "0"), "max_new_tokens"),
         (("--prompt", "a", "--temperature", "1", "--seed", "-1"), "seed must be"),
-        (("--prompt", "a", "--tree", "2,1"), "without speculation"),
+        (("--prompt", "a", "--tree", "2,1"), "--tree says how to draft"),
+        (("--prompt", "a", "--draft-from", "builtin:microcode"), "--draft-from says how to draft"),
+        (("--prompt", "a", "--draft-vocabulary", "9"), "--draft-vocabulary says how to draft"),
+        (("--prompt", "a", "--speculative", "--draft-vocabulary", "9"), "none is named"),
+        ((*DRAFT_FROM, "builtin:microcode", "--draft-vocabulary", "0"), "at least 1"),
+        ((*DRAFT_FROM, "/no/such/data.jsonl"), "/no/such/data.jsonl"),
         (("--prompt", "a", "--speculative", "--tree", "2,x"), "'2,x'"),
         (("--prompt", "a", "--speculative", "--tree", "2,1,1,1"), "4 heads, and 3"),
         (("--prompt", "x = 1\n" * 400), "512 positions"),

@@ -341,6 +341,14 @@ def test_hooks_and_layers_are_as_before_also_after_an_error() -> None:
     assert model.training is False
 
 
+def test_a_model_that_answers_nan_is_not_decoded() -> None:
+    model = build_drafting_model("gemma2", "linear")
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(UserInputError, match="Gemma2ForCausalLM answers NaN"):
+        run(model, random_prompts(8, 24), 2, speculative=False)
+    assert run(model, random_prompts(8, 24), 2, speculative=False, batch_size=1)[0]
+
+
 # ---------------------------------------------------------------- thousands
 
 
@@ -354,7 +362,9 @@ def test_thousands_of_prompts_of_all_families_give_the_tokens_of_plain_decoding(
     for seed, scale in ((7, 0.3), (8, 0.0)):
         model = build_drafting_model(family, form, scale=scale)
         prompts = random_prompts(32, 24, seed=seed)
-        plain, _ = run(model, prompts, 32, speculative=False, batch_size=32, end_ids=[5])
+        # Eager attention takes no padding in float64.
+        plain_batch = 1 if family == "gemma2" else 32
+        plain, _ = run(model, prompts, 32, speculative=False, batch_size=plain_batch, end_ids=[5])
         assert run(model, prompts, 32, batch_size=16, end_ids=[5])[0] == plain
         if form != "sequential":
             assert run(model, prompts, 32, batch_size=32, widths=(3, 2, 1), end_ids=[5])[0] == plain

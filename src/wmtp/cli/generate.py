@@ -32,6 +32,17 @@ def generate(
         str | None,
         typer.Option(help="Alternatives that heads 1, 2, ... draft, such as 3,2,1; default: one each."),
     ] = None,
+    draft_from: Annotated[
+        str | None,
+        typer.Option(
+            help="Dataset such as the training data: only tokens it writes are drafted. Saves time where the "
+            "vocabulary is large for the model.",
+            show_default=False,
+        ),
+    ] = None,
+    draft_vocabulary: Annotated[
+        int | None, typer.Option(help="Draft only its so many most frequent tokens.", show_default=False)
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest text, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="Of sampling; 0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample among this many likeliest tokens; 0 is off.")] = 0,
@@ -58,6 +69,8 @@ def generate(
         stop=tuple(stop or ()),
         speculative=speculative,
         widths=None if tree is None else _read_widths(tree),
+        draft_from=draft_from,
+        draft_vocabulary=draft_vocabulary,
         trust_remote_code=trust_remote_code,
     )
 

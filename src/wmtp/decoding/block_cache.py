@@ -87,8 +87,13 @@ class BlockCache(Cache):
         ]
 
     def _allocate(self, states: Tensor) -> Tensor:
-        # Not whatever was in memory: a masked column still takes part as 0 * value, and 0 * nan is nan.
-        return states.new_zeros(*states.shape[:2], self.capacity, states.shape[3])
+        shape = (*states.shape[:2], self.capacity, states.shape[3])
+        if len(states) == 1:
+            # A single row has written every column in use.
+            return states.new_empty(shape)
+        # Columns that a shorter row has not written yet are masked, and still take part as 0 * value: not
+        # with whatever was in memory, as 0 * nan is nan.
+        return states.new_zeros(shape)
 
     def _write(self, buffer: Tensor, states: Tensor) -> None:
         num_tokens = states.shape[2]

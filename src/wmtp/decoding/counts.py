@@ -1,9 +1,12 @@
-"""What a generation cost and what its drafts were worth."""
+"""What a generation cost, what its drafts were worth, and which tokens are worth drafting."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 
 
 @dataclass(slots=True)
@@ -41,3 +44,13 @@ class GenerationCounts:
     def acceptance(self) -> list[float]:
         """Entry h: share of a row's forwards in which the drafts of heads 1..h all stood; entry 0 is 1."""
         return [count / self.accepted_per_head[0] for count in self.accepted_per_head]
+
+
+def frequent_tokens(texts: Iterable[Iterable[int]], limit: int | None = None) -> list[int]:
+    """Return the tokens of some texts, the most frequent first: for `Speculation.token_ids`.
+
+    Args:
+        texts: token ids of text like what is to be written.
+        limit: return so many at most; None returns every token that occurs.
+    """
+    return [token_id for token_id, _ in Counter(chain.from_iterable(texts)).most_common(limit)]

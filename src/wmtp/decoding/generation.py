@@ -51,8 +51,9 @@ class Speculation:
     Attributes:
         model: the model with its heads; head 0 is the model that generates.
         widths: alternatives that heads 1, 2, ... draft; None for one each (a chain).
-        token_ids: tokens that drafts are chosen among; None for all. Fewer make drafting cheaper where the
-            vocabulary is large for the model; the output is the same.
+        token_ids: tokens that drafts are chosen among, such as `frequent_tokens` of the training data; None
+            for all. Fewer make drafting cheaper where the vocabulary is large for the model; the output is
+            the same.
     """
 
     model: DraftingModel
@@ -106,7 +107,8 @@ def generate(
         on_done: called with (index, generation) as rows end.
 
     Raises:
-        UserInputError: an argument is out of range, a prompt is empty, or the model cannot draft.
+        UserInputError: an argument is out of range, a prompt is empty, the model cannot draft, or its answer
+            to a prompt is NaN.
     """
     settings = SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     if max_new_tokens < 1 or batch_size < 1:

@@ -18,9 +18,10 @@ from wmtp.decoding.counts import GenerationCounts
 from wmtp.decoding.protocols import DecoderProtocol
 from wmtp.decoding.rows import Row, draw_uniforms
 from wmtp.decoding.sampling import TOKEN_STREAM, SamplingSettings, choose_tokens
+from wmtp.exceptions import UserInputError
 
-# Tokens generated between two looks at the host. Each look synchronises with the device and decodes text; a
-# row that has ended costs the rest of its interval for nothing.
+# Tokens generated between two looks at the host, on devices that work beside it: each look waits for the
+# device, and a row that has ended costs the rest of its interval for nothing.
 _CHECK_INTERVAL: Final = 4
 
 
@@ -33,6 +34,9 @@ class PlainBatch:
         settings: of sampling.
         seed: of all draws.
         context_length: positions the model has; None for no limit.
+
+    Raises:
+        UserInputError: by the first `advance`, where the model's answer is NaN.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class PlainBatch:
         self._num_new = 0
         self.num_forwards = 0
         device = model.device
+        self._interval = 1 if device.type == "cpu" else _CHECK_INTERVAL
         self._uniforms_BT = draw_uniforms(
             rows, settings, seed, self._num_left, streams=(TOKEN_STREAM,), device=device
         )[:, 0]
@@ -72,7 +77,7 @@ class PlainBatch:
     def advance(self) -> list[list[int]]:
         """Run a few forwards; returns each row's new tokens."""
         chosen = []
-        for _ in range(min(_CHECK_INTERVAL, self._num_left)):
+        for _ in range(min(self._interval, self._num_left)):
             tokens_B = choose_tokens(self._next_logits(), self._settings, self._uniforms_BT[:, self._num_new])
             self._append(tokens_B)
             chosen.append(tokens_B)
@@ -110,6 +115,12 @@ class PlainBatch:
             logits_to_keep=1,
         )
         logits_BV: Tensor = output.logits[:, -1]
+        if self._num_new == 0 and logits_BV.isnan().any():
+            raise UserInputError(
+                f"{type(self._model).__name__} answers NaN to its prompts",
+                remedy="where padding is the reason (eager attention in float64 takes none), use batch size 1 or "
+                "another dtype; else the weights are broken",
+            )
         return logits_BV
 
     def _append(self, tokens_B: Tensor) -> None:

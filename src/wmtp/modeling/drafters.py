@@ -257,6 +257,10 @@ class SequentialDrafter(BlockDrafter):
             columns_BP = positions_1P.expand(batch_size, -1)
             return columns_BP, self._session.layer_arguments_at(positions_1P, None, self._cache)
         start: int | Tensor
+        if all(len(path) == self._window for path in point.paths):
+            # The block just run, as all of it stands.
+            start_B1 = point.start if isinstance(point.start, int) else point.start[:, None]
+            return (start_B1 + self._window_T).expand(batch_size, -1), self._tap.trunk
         if batch_size == 1:
             start = max(point.num_columns - self._window, 0)
             columns_BW = (self._window_T + start)[None]

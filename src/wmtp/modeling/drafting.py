@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,8 +45,6 @@ class HeadsSession:
         self.vocab_size, self.hidden_size = model.unembedding_VD.shape
         self.unembed = model.build_unembedding()
         self.windows = windows
-        self._owner, self._name = _find_layer_list(model)
-        self._skipped = nn.ModuleList(_Skip(tap) for _ in range(len(model.decoder_layers) - 1))
 
     def check_tree(self, tree: DraftTree) -> None:
         """Raise `UserInputError` where the heads cannot draft such a tree."""
@@ -81,20 +81,41 @@ class HeadsSession:
 
         It runs without its layers, so the hidden states mean nothing.
         """
-        recorder = LastLayerRecorder(torch.zeros_like(positions_BW))
-        layers = self.model.decoder_layers
-        setattr(self._owner, self._name, nn.ModuleList([*self._skipped, recorder]))
-        try:
+        hollow = self._hollow
+        hollow.recorder.input_ids_BS = torch.zeros_like(positions_BW)
+        with hollow.in_place():
             self.model.base_model(
-                input_ids=torch.zeros_like(positions_BW),
+                input_ids=hollow.recorder.input_ids_BS,
                 attention_mask=mask,
                 position_ids=positions_BW,
                 past_key_values=cache,
                 use_cache=True,
             )
+        return hollow.recorder.recorded
+
+    @cached_property
+    def _hollow(self) -> _HollowLayers:
+        return _HollowLayers(self.model, self.tap)
+
+
+class _HollowLayers:
+    """Stand-ins for a model's decoder layers that do nothing, but the last, which notes its arguments."""
+
+    def __init__(self, model: MTPModel, tap: LastLayerTap) -> None:
+        self._owner, self._name = _find_layer_list(model)
+        self._layers = model.decoder_layers
+        self.recorder = LastLayerRecorder(torch.empty(0))
+        skipped = [_Skip(tap) for _ in range(len(self._layers) - 1)]
+        self._stand_ins = nn.ModuleList([*skipped, self.recorder])
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Put them where the layers are inside the block."""
+        setattr(self._owner, self._name, self._stand_ins)
+        try:
+            yield
         finally:
-            setattr(self._owner, self._name, layers)
-        return recorder.recorded
+            setattr(self._owner, self._name, self._layers)
 
 
 class _Skip(nn.Module):

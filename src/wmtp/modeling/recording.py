@@ -22,16 +22,20 @@ def split_call(positional: tuple[Any, ...], keyword: dict[str, Any], input_ids_B
 
 
 class LastLayerRecorder(nn.Module):
-    """Stands in for the last decoder layer and notes what it was called with."""
+    """Stands in for the last decoder layer and notes what it was called with.
+
+    Attributes:
+        input_ids_BS: the tokens of the forward at hand.
+    """
 
     def __init__(self, input_ids_BS: Tensor) -> None:
         super().__init__()
-        self._input_ids_BS = input_ids_BS
+        self.input_ids_BS = input_ids_BS
         self._recorded: TrunkOutput | None = None
 
     def forward(self, *positional: Any, **keyword: Any) -> Tensor:
         """Note the arguments and pass the hidden states through."""
-        self._recorded = split_call(positional, keyword, self._input_ids_BS)
+        self._recorded = split_call(positional, keyword, self.input_ids_BS)
         # What the wrapped model makes of it (its final norm) is not used.
         return self._recorded.trunk_BSD
 

@@ -5,14 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from wmtp.decoding import Generation, GenerationCounts, Speculation, generate
+from wmtp.components.data.unified_loader import UnifiedDataLoader
+from wmtp.components.tokenizer import HfTokenizer
+from wmtp.decoding import Generation, GenerationCounts, Speculation, frequent_tokens, generate
 from wmtp.exceptions import UserInputError
 from wmtp.modeling.formats.configuration import context_length
+from wmtp.objectives.labels import IGNORE_INDEX
 from wmtp.pipelines.export_source import read_source
+
+# Examples that are read to learn which tokens are frequent.
+_MAX_EXAMPLES: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +33,9 @@ class GenerationOptions:
         stop: strings that end the text and are not part of it.
         speculative: let the heads draft.
         widths: alternatives that heads 1, 2, ... draft; None for one each.
+        draft_from: dataset (file, directory, URL or built-in id) in whose completions a token must occur to
+            be drafted; None drafts any token.
+        draft_vocabulary: only its so many most frequent tokens.
         trust_remote_code: let the model run code that comes with it.
     """
 
@@ -38,6 +48,8 @@ class GenerationOptions:
     stop: Sequence[str] = ()
     speculative: bool = False
     widths: Sequence[int] | None = None
+    draft_from: str | None = None
+    draft_vocabulary: int | None = None
     trust_remote_code: bool = False
 
 
@@ -74,13 +86,13 @@ def run_generation_pipeline(
     Raises:
         UserInputError: an option is out of range, the prompt leaves no room, the heads cannot draft, or the
             checkpoint has no tokenizer.
+        DataError: the dataset to draft from cannot be read.
         CheckpointError: there is no checkpoint.
         ModelLoadError: it cannot be read.
     """
     options = options or GenerationOptions()
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    if options.widths is not None and not options.speculative:
-        raise UserInputError("tree widths without speculation", remedy="add --speculative, or leave them out")
+    _check_drafting(options)
     # 1. The model on the fastest device there is, and its tokenizer.
     loaded = read_source(checkpoint, trust_remote_code=options.trust_remote_code).load(None)
     if loaded.tokenizer is None:
@@ -98,7 +110,14 @@ def run_generation_pipeline(
             f"the prompt has {len(prompt_ids)} tokens and the model {limit} positions",
             remedy="shorten the prompt",
         )
-    # 3. Write.
+    # 3. How to draft.
+    speculation = None
+    if options.speculative:
+        token_ids = None
+        if options.draft_from is not None:
+            token_ids = _tokens_to_draft(options.draft_from, options.draft_vocabulary, loaded.tokenizer)
+        speculation = Speculation(model, options.widths, token_ids)
+    # 4. Write.
     counts = GenerationCounts()
     stream = _TextStream(
         lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), options.stop, on_text
@@ -116,13 +135,43 @@ def run_generation_pipeline(
         seed=options.seed,
         stop=options.stop,
         context_length=limit,
-        speculation=Speculation(model, options.widths) if options.speculative else None,
+        speculation=speculation,
         counts=counts,
         on_tokens=lambda _, token_ids: stream.update(prompt_ids, token_ids),
     )
     seconds = time.perf_counter() - start
     stream.finish(generation.text)
     return GenerationOutputs(generation=generation, counts=counts, seconds=seconds)
+
+
+def _check_drafting(options: GenerationOptions) -> None:
+    given = {
+        "--tree": options.widths,
+        "--draft-from": options.draft_from,
+        "--draft-vocabulary": options.draft_vocabulary,
+    }
+    names = [name for name, value in given.items() if value is not None]
+    if names and not options.speculative:
+        raise UserInputError(
+            f"{names[0]} says how to draft, and nothing is drafted without speculation",
+            remedy="add --speculative, or leave it out",
+        )
+    if options.draft_vocabulary is not None and options.draft_from is None:
+        raise UserInputError(
+            "--draft-vocabulary takes the most frequent tokens of a dataset, and none is named",
+            remedy="add --draft-from with the data that the model was trained on, or text like it",
+        )
+    if options.draft_vocabulary is not None and options.draft_vocabulary < 1:
+        raise UserInputError(
+            f"--draft-vocabulary must be at least 1, got {options.draft_vocabulary}", remedy="raise it"
+        )
+
+
+def _tokens_to_draft(source: str, limit: int | None, tokenizer: HfTokenizer) -> list[int]:
+    """Return the tokens that occur where a model learns to write, the most frequent first."""
+    features, _ = tokenizer.tokenize_chunk(UnifiedDataLoader().load(source, limit=_MAX_EXAMPLES))
+    targets = ([label for label in each["labels"] if label != IGNORE_INDEX] for each in features)
+    return frequent_tokens(targets, limit)
 
 
 class _TextStream:
