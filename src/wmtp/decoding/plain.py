@@ -118,8 +118,8 @@ class PlainBatch:
         if self._num_new == 0 and logits_BV.isnan().any():
             raise UserInputError(
                 f"{type(self._model).__name__} answers NaN to its prompts",
-                remedy="where padding is the reason (eager attention in float64 takes none), use batch size 1 or "
-                "another dtype; else the weights are broken",
+                remedy="check the weights; if it is the padding (eager attention in float64 takes none), use "
+                "batch size 1 or another dtype",
             )
         return logits_BV
 
