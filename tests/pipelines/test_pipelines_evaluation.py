@@ -6,6 +6,7 @@ import fcntl
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -154,6 +155,9 @@ def test_every_benchmark_and_type_in_one_evaluation(
         assert text in html
         assert text in markdown
     assert (report / "evaluation/mbpp.page-1.html").is_file()
+    # Of the five programs that failed a problem one is shown.
+    shown = re.findall(r"^### (.+?) \(all\)", markdown.partition("## Generated programs")[2], re.MULTILINE)
+    assert len(set(shown)) == len(shown) == 6
 
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/runs/mlflow/mlflow.db")
     experiment = client.get_experiment_by_name("mtp/baseline-mtp/mbpp+contest+humaneval+custom")

@@ -12,7 +12,7 @@ from wmtp.components.data import to_device
 from wmtp.components.data.examples import Batch
 from wmtp.components.evaluator import EvaluationResult
 from wmtp.components.trainer import BaseWmtpTrainer
-from wmtp.evaluation.records import read_records
+from wmtp.evaluation.records import Record, read_records
 from wmtp.modeling import evaluating
 from wmtp.objectives import IGNORE_INDEX, shift_labels, token_cross_entropy
 from wmtp.pipelines.environment import RunPaths
@@ -159,15 +159,17 @@ def _scores(results: list[EvaluationResult]) -> list[Score]:
 
 
 def _samples(results: list[EvaluationResult]) -> list[ProgramSample]:
-    """Some generated programs, passed and not, as they were saved."""
+    """Some generated programs, passed and not, of different tasks, as they were saved."""
     samples = []
     for result in results:
         for dataset in result.datasets.values():
             if dataset.generations is None:
                 continue
-            rows = [*read_records(dataset.generations)]
-            passed = [row for row in rows if row["passed"]][: _NUM_SAMPLES // 2]
-            other = [row for row in rows if not row["passed"]][: _NUM_SAMPLES - len(passed)]
+            firsts: dict[bool, dict[str, Record]] = {True: {}, False: {}}
+            for row in read_records(dataset.generations):
+                firsts[row["passed"]].setdefault(row["task_id"], row)
+            passed = [*firsts[True].values()][: _NUM_SAMPLES // 2]
+            other = [*firsts[False].values()][: _NUM_SAMPLES - len(passed)]
             samples += [
                 ProgramSample(
                     prompt=row["prompt"],
