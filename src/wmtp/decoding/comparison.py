@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from wmtp.decoding.protocols import DecoderProtocol
 
@@ -19,7 +20,8 @@ class GreedyComparison:
 
     Attributes:
         num_identical: rows without one.
-        near_ties: of rows that part where both tokens are within `NEAR_TIE` of the largest logit: how far.
+        near_ties: of rows that part where both tokens are within `NEAR_TIE` of the largest logit, or within
+            two units of rounding where the logits have half precision: how far.
         mismatches: of all other rows that part: how far the smaller of both is from the largest logit.
     """
 
@@ -52,7 +54,12 @@ def compare_greedy(
             continue
         text = torch.tensor([[*prompt, *one[:position]]], device=model.device)
         with torch.inference_mode():
-            logits_V = model(input_ids=text, use_cache=False).logits[0, -1].double()
-        gap = float(logits_V.max() - logits_V[[one[position], other[position]]].min())
-        (near_ties if gap < NEAR_TIE else mismatches).append(gap)
+            logits_V = model(input_ids=text, use_cache=False).logits[0, -1]
+        gap = float(logits_V.max().double() - logits_V[[one[position], other[position]]].min().double())
+        (near_ties if gap < _tolerance(logits_V) else mismatches).append(gap)
     return GreedyComparison(num_identical, near_ties, mismatches)
+
+
+def _tolerance(logits_V: Tensor) -> float:
+    """Return the gap below which two logits may change places: of half precision, two units of rounding."""
+    return max(NEAR_TIE, 2 * torch.finfo(logits_V.dtype).eps * float(logits_V.abs().max()))

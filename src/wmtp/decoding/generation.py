@@ -107,8 +107,8 @@ def generate(
         on_done: called with (index, generation) as rows end.
 
     Raises:
-        UserInputError: an argument is out of range, a prompt is empty, the model cannot draft, or its answer
-            to a prompt is NaN.
+        UserInputError: an argument is out of range, a prompt is empty, the model cannot draft, or it cannot
+            take padding.
     """
     settings = SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     if max_new_tokens < 1 or batch_size < 1:

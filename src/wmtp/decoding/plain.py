@@ -36,7 +36,7 @@ class PlainBatch:
         context_length: positions the model has; None for no limit.
 
     Raises:
-        UserInputError: by the first `advance`, where the model's answer is NaN.
+        UserInputError: by the first `advance`, where the model answers NaN to padded prompts alone.
     """
 
     def __init__(
@@ -115,12 +115,14 @@ class PlainBatch:
             logits_to_keep=1,
         )
         logits_BV: Tensor = output.logits[:, -1]
-        if self._num_new == 0 and logits_BV.isnan().any():
-            raise UserInputError(
-                f"{type(self._model).__name__} answers NaN to its prompts",
-                remedy="check the weights; if it is the padding (eager attention in float64 takes none), use "
-                "batch size 1 or another dtype",
-            )
+        if self._has_padding and self._num_new == 0:
+            # Broken weights give NaN to every row.
+            is_nan_B = logits_BV.isnan().any(dim=1)
+            if is_nan_B.any() and not is_nan_B.all():
+                raise UserInputError(
+                    f"{type(self._model).__name__} answers NaN where prompts are padded",
+                    remedy="use batch size 1, or another dtype: eager attention in float64 takes no padding",
+                )
         return logits_BV
 
     def _append(self, tokens_B: Tensor) -> None:

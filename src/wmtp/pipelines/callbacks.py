@@ -35,7 +35,7 @@ from wmtp.pipelines.critic import Critic, critic_measurement
 from wmtp.pipelines.data import PreparedData
 from wmtp.pipelines.environment import Environment, RunPaths
 from wmtp.pipelines.remote_output import RemoteOutput
-from wmtp.pipelines.resume import describe_run
+from wmtp.pipelines.resume import describe_conditions
 from wmtp.settings import Config, Recipe
 from wmtp.storage import S3Manager
 from wmtp.tracking import CompositeTracker, Tracker
@@ -95,21 +95,49 @@ def _record_checkpoint(tracker: CompositeTracker, info: CheckpointInfo) -> None:
     tracker.log_checkpoint(info.step, uri=info.uri, metrics=scores, manifest_sha256=info.manifest_sha256)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSurroundings:
+    """What a run has around it while it trains.
+
+    Attributes:
+        config: where it runs.
+        recipe: what is run.
+        environment: device and precision.
+        paths: its folders.
+        tracker: takes its metrics.
+        remote: takes its files where its output is on S3.
+        signals: that end it.
+    """
+
+    config: Config
+    recipe: Recipe
+    environment: Environment
+    paths: RunPaths
+    tracker: CompositeTracker
+    remote: RemoteOutput
+    signals: StopSignals
+
+
 def build_callbacks(
-    config: Config,
-    recipe: Recipe,
-    environment: Environment,
-    paths: RunPaths,
-    tracker: CompositeTracker,
-    remote: RemoteOutput,
-    data: PreparedData,
-    critic: Critic | None,
+    run: RunSurroundings,
     context: TrainerContext,
+    data: PreparedData,
+    *,
+    critic: Critic | None,
     late: LateParameters | None,
-    signals: StopSignals,
     saver: CheckpointSaver,
 ) -> RunCallbacks:
-    """All callbacks of a training run. The order matters: a bad step is noticed before it is saved."""
+    """All callbacks of a training run. The order matters: a bad step is noticed before it is saved.
+
+    Args:
+        run: what it has around it.
+        context: model and optimizer.
+        data: held-out batches, to measure on.
+        critic: the value model of `critic-wmtp`; None for other algorithms.
+        late: parameters that are trained later; None where all are trained from the start.
+        saver: takes the checkpoints.
+    """
+    recipe, environment, paths, tracker = run.recipe, run.environment, run.paths, run.tracker
     train, model = recipe.train, context.model
     metrics = MetricsCallback(
         tracker,
@@ -139,15 +167,15 @@ def build_callbacks(
     checkpoint = CheckpointCallback(
         saver,
         every_steps=train.save_every_steps,
-        run_state={"mlflow_run_id": tracker.run_id, **describe_run(config, recipe, environment)},
+        run_state={"mlflow_run_id": tracker.run_id, **describe_conditions(run.config, recipe, environment)},
         score=lambda step: None if validation is None else validation.measured(step, train.best_metric),
         # First, so that no checkpoint is where the metrics of its steps are not.
-        on_saving=lambda: remote.upload(paths.metrics_file),
+        on_saving=lambda: run.remote.upload(paths.metrics_file),
         on_saved=lambda info: _record_checkpoint(tracker, info),
     )
     # With checkpoints on S3 a file cannot be touched beside them.
     local = paths.checkpoints if paths.remote is None else paths.report
-    requests = RequestCallback(signals, local / SAVE_FILE_NAME)
+    requests = RequestCallback(run.signals, local / SAVE_FILE_NAME)
     return RunCallbacks([*callbacks, requests, checkpoint], metrics, checkpoint, critic_callback)
 
 

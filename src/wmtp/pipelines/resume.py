@@ -45,7 +45,9 @@ _FREE_KEYS = (
 )
 
 
-def describe_run(config: Config, recipe: Recipe, environment: Environment) -> dict[str, dict[str, str]]:
+def describe_conditions(
+    config: Config, recipe: Recipe, environment: Environment
+) -> dict[str, dict[str, str]]:
     """What a checkpoint keeps of its run, as flat text: the recipe, models and data, and the machine.
 
     Resumed training equals uninterrupted training bit for bit only where all of it is the same.
@@ -140,7 +142,7 @@ def recheck_start(
 
 def _load_checkpoint(config: Config, recipe: Recipe, environment: Environment, path: str) -> LoadedCheckpoint:
     checkpoint = ComponentFactory.create_checkpoint_loader(config).run(path)
-    now = describe_run(config, recipe, environment)
+    now = describe_conditions(config, recipe, environment)
     _check_recipe(checkpoint.state["recipe"], now["recipe"])
     _warn_of_changes(checkpoint.state, now)
     if checkpoint.step > recipe.train.max_steps:

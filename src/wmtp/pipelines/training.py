@@ -22,7 +22,7 @@ from wmtp.factory import ComponentFactory
 from wmtp.modeling import LateParameters, MTPModel, choose_trainable
 from wmtp.pipelines.benchmarks import evaluation_tasks
 from wmtp.pipelines.builtin_models import prepare_builtin_model
-from wmtp.pipelines.callbacks import build_callbacks, build_saver
+from wmtp.pipelines.callbacks import RunSurroundings, build_callbacks, build_saver
 from wmtp.pipelines.critic import (
     Critic,
     local_value_head,
@@ -137,20 +137,16 @@ def _train(
             # 5. Optimizer, scorer, callbacks, trainer; the state of a resumed run.
             context = _build_trainer_context(config, recipe, environment, parts, critic)
             saver = build_saver(config, recipe, paths, store, start.continued)
-            callbacks = build_callbacks(
-                config,
-                recipe,
-                environment,
-                paths,
-                tracker,
-                remote,
-                parts.data,
-                critic,
-                context,
-                parts.late,
-                signals,
-                saver,
+            run = RunSurroundings(
+                config=config,
+                recipe=recipe,
+                environment=environment,
+                paths=paths,
+                tracker=tracker,
+                remote=remote,
+                signals=signals,
             )
+            callbacks = build_callbacks(run, context, parts.data, critic=critic, late=parts.late, saver=saver)
             described = export_state(config, recipe, parts, paths, is_new=start.is_new)
             callbacks.checkpoint.run_state["export"] = described
             remote.upload(paths.checkpoints / RUN_TOKENIZER)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -72,3 +74,28 @@ def test_a_near_tie_is_told_from_a_mismatch() -> None:
     assert apart.mismatches[1] == float("inf")
     assert len(tie.near_ties) == 1
     assert tie.mismatches == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gap", "is_tie"),
+    [
+        (torch.float32, 0.9e-4, True),
+        (torch.float32, 1.1e-4, False),
+        # A unit of bfloat16 is 1/16 between 8 and 16.
+        (torch.bfloat16, 1 / 16, True),
+        (torch.bfloat16, 3 / 16, False),
+    ],
+)
+def test_how_near_a_tie_is_depends_on_the_precision(dtype: torch.dtype, gap: float, is_tie: bool) -> None:
+    model = build_micro_llama().to(dtype)
+    logits_V = torch.zeros(512, dtype=dtype)
+    logits_V[7], logits_V[8] = 10.0, 10.0 - gap
+
+    def answer(module: Any, inputs: Any, output: Any) -> Any:
+        output.logits = logits_V.expand_as(output.logits)
+        return output
+
+    with torch.no_grad():
+        model.register_forward_hook(answer)
+        compared = compare_greedy(model, [[5, 6]], [[7]], [[8]])
+    assert (len(compared.near_ties), len(compared.mismatches)) == (int(is_tie), int(not is_tie))

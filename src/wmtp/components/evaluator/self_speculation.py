@@ -30,8 +30,9 @@ class SelfSpeculationEvaluator(Component[EvaluatorContext, EvaluationResult]):
 
         Metrics: `speculation/tokens_per_forward`, `speculation/acceptance_head_{h}` (share of forwards in
         which the drafts of heads 1..h all stood), `speculation/speedup` (wall-clock, best of three rounds of
-        each prompt), `speculation/near_ties` (texts that part where the two likeliest tokens are within 1e-4)
-        and `speculation/mismatches` (texts that part elsewhere, which would be a defect).
+        each prompt), `speculation/near_ties` (texts that part where the two likeliest tokens are within 1e-4,
+        or within the rounding of half precision) and `speculation/mismatches` (texts that part elsewhere,
+        which would be a defect).
 
         Raises:
             UserInputError: there are no prompts, or the heads cannot draft.
