@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from wmtp.decoding import DraftTree, GenerationCounts, Speculation, generate
 from wmtp.decoding.speculation import SpeculativeBatch
 from wmtp.exceptions import UserInputError
 from wmtp.modeling import MTPModel
+from wmtp.modeling.drafting import HeadsSession
 
 CONTEXT = 64
 
@@ -70,12 +72,18 @@ class _Recorder:
 
 
 def check_against_reference(
-    model: MTPModel, num_prompts: int, num_new: int, widths: Sequence[int], monkeypatch: pytest.MonkeyPatch
+    model: MTPModel,
+    num_prompts: int,
+    num_new: int,
+    widths: Sequence[int],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    batch_size: int = 3,
 ) -> list[int]:
     """Compare tokens, every single draft and acceptance; returns the counts."""
     recorder = _Recorder(monkeypatch)
-    prompts = random_prompts(num_prompts, 11)
-    tokens, counts = run(model, prompts, num_new, widths=widths, batch_size=3)
+    prompts = random_prompts(num_prompts, 11, vocab_size=len(model.unembedding_VD))
+    tokens, counts = run(model, prompts, num_new, widths=widths, batch_size=batch_size)
     tree = DraftTree.of_widths(widths)
     total = [0] * model.horizon
     for prompt, new in zip(prompts, tokens, strict=True):
@@ -123,6 +131,25 @@ def test_chains_and_trees_of_every_form_draft_and_accept_what_the_reference_does
     counts = check_against_reference(model, 4, 14, widths, monkeypatch)
     # Some drafts stand and some fall.
     assert 0 < counts[1] < counts[0]
+
+
+@pytest.mark.parametrize(("batch_size", "widths"), [(1, (1, 1, 1)), (2, (1, 1))])
+def test_sequential_depths_run_on_the_block_where_enough_of_it_stands(
+    batch_size: int, widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_windows = 0
+    layer_arguments_at = HeadsSession.layer_arguments_at
+
+    def count(session: HeadsSession, *arguments: Any) -> Any:
+        nonlocal num_windows
+        num_windows += 1
+        return layer_arguments_at(session, *arguments)
+
+    monkeypatch.setattr(HeadsSession, "layer_arguments_at", count)
+    # Of four tokens a draft is often the right one.
+    model = build_drafting_model("llama", "sequential", vocab_size=4)
+    counts = check_against_reference(model, 8, 24, widths, monkeypatch, batch_size=batch_size)
+    assert num_windows < 0.9 * counts[0] / batch_size
 
 
 @pytest.mark.parametrize(

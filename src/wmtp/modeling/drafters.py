@@ -165,8 +165,8 @@ class SequentialDrafter(BlockDrafter):
     """Depths that read the depth before and the embedding of the token it would lead to.
 
     A depth's keys at position s depend on token s + distance, at the end of the text a draft. Where a draft
-    turns out wrong, at most H - 2 entries rest on it, the last ones; so every step runs the depths on the
-    last H positions, which holds these and all new ones.
+    turns out wrong, the entries that rest on it are among those of the last N positions, N drafts; so every
+    step runs the depths on the last N + 1, which holds these and all new ones, or on the block just run.
     """
 
     def __init__(self, session: HeadsSession, batch_size: int, capacity: int, tree: DraftTree) -> None:
@@ -257,8 +257,8 @@ class SequentialDrafter(BlockDrafter):
             columns_BP = positions_1P.expand(batch_size, -1)
             return columns_BP, self._session.layer_arguments_at(positions_1P, None, self._cache)
         start: int | Tensor
-        if all(len(path) == self._window for path in point.paths):
-            # The block just run, as all of it stands.
+        if all(len(path) >= self._window - 1 for path in point.paths):
+            # The block just run begins with or before the first entry that may be wrong.
             start_B1 = point.start if isinstance(point.start, int) else point.start[:, None]
             return (start_B1 + self._window_T).expand(batch_size, -1), self._tap.trunk
         if batch_size == 1:
