@@ -185,6 +185,29 @@ def test_prompts_that_are_stored_ahead_change_nothing(
     assert run(model, [[7]], 8)[0] == [naive_greedy(model, [7], 8)]
 
 
+@pytest.mark.parametrize(
+    ("form", "widths"),
+    [*((form, (1, 1, 1)) for form in FORMS), ("transformer", (3, 2, 1)), ("linear", (2, 2, 2))],
+)
+def test_what_a_single_row_has_not_written_is_never_read(
+    form: str, widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_drafting_model("llama", form)
+    prompts = random_prompts(6, 12, seed=9)
+    expected, counts = run(model, prompts, 12, widths=widths)
+
+    def unwritten(like: torch.Tensor, *shape: Any) -> torch.Tensor:
+        return torch.full(shape[0] if len(shape) == 1 else shape, torch.nan, dtype=like.dtype)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", unwritten)
+    alone = run(model, prompts, 12, widths=widths, batch_size=1)
+    assert alone[0] == expected
+    assert alone[1].accepted_per_head == counts.accepted_per_head
+    # Prompts that are stored ahead.
+    monkeypatch.setattr("wmtp.decoding.speculation._WHOLE_PROMPT_TOKENS", 0)
+    assert run(model, prompts, 12, widths=widths, batch_size=1)[0] == expected
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
 def test_rows_fill_the_context_to_its_last_position(family: str) -> None:
     model = build_drafting_model(family, "transformer")
