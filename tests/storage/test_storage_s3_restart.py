@@ -87,7 +87,7 @@ def test_a_server_that_stays_away_is_told_and_no_half_of_an_object_is_ever_seen(
     server: S3Server, manager: S3Manager
 ) -> None:
     hurried = S3Manager(manager.settings.model_copy(update={"deadline_s": 1.0}))
-    hurried.write_bytes("old", b"old")
+    manager.write_bytes("old", b"old")
     begin = time.monotonic()
     with (
         pytest.raises(
