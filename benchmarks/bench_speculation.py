@@ -30,13 +30,13 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from wmtp.components.data.unified_loader import UnifiedDataLoader
 from wmtp.components.tokenizer import HfTokenizer
 from wmtp.components.tokenizer.hf import TokenizerSettings
-from wmtp.decoding import GenerationCounts, Speculation, frequent_tokens, generate
+from wmtp.decoding import GenerationCounts, Speculation, generate
 from wmtp.evaluation.microcode import build_tokenizer, generate_problems, to_task
 from wmtp.modeling import MTPModel
 from wmtp.pipelines import RunOptions, run_training_pipeline
+from wmtp.pipelines.generation import tokens_to_draft
 from wmtp.settings import load_config, load_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -117,15 +117,6 @@ def best_times(
     return {name: sum(each) for name, each in best.items()}, total, tokens
 
 
-def frequent(tokenizer: HfTokenizer, num_tokens: int) -> list[int] | None:
-    """Return the tokens that programs to learn from use most; None, which is all, for 0."""
-    if num_tokens == 0:
-        return None
-    examples = UnifiedDataLoader().load("builtin:microcode", limit=2000)
-    texts = (each["labels"] for each in tokenizer.tokenize_dataset(examples))
-    return frequent_tokens(([label for label in text if label >= 0] for text in texts), num_tokens)
-
-
 def cost_ratio(model: MTPModel, num_unembeddings: float) -> float:
     """Weights that a speculative forward uses over those of a plain one."""
 
@@ -177,9 +168,8 @@ def measure(model: MTPModel, tokenizer: HfTokenizer, args: argparse.Namespace, l
     for widths in args.widths:
         for num_tokens in args.draft_tokens:
             name = f"{widths} of {num_tokens or 'all'} tokens"
-            shapes[name] = Speculation(
-                model, tuple(map(int, widths.split(","))), frequent(tokenizer, num_tokens)
-            )
+            token_ids = tokens_to_draft("builtin:microcode", num_tokens, tokenizer) if num_tokens else None
+            shapes[name] = Speculation(model, tuple(map(int, widths.split(","))), token_ids)
     ways: dict[str, Callable[[Sequence[int]], int]] = {
         "transformers": by_transformers,
         "plain": lambda prompt: len(by_wmtp([prompt])[0]),

@@ -115,7 +115,7 @@ def run_generation_pipeline(
     if options.speculative:
         token_ids = None
         if options.draft_from is not None:
-            token_ids = _tokens_to_draft(options.draft_from, options.draft_vocabulary, loaded.tokenizer)
+            token_ids = tokens_to_draft(options.draft_from, options.draft_vocabulary, loaded.tokenizer)
         speculation = Speculation(model, options.widths, token_ids)
     # 4. Write.
     counts = GenerationCounts()
@@ -167,8 +167,8 @@ def _check_drafting(options: GenerationOptions) -> None:
         )
 
 
-def _tokens_to_draft(source: str, limit: int | None, tokenizer: HfTokenizer) -> list[int]:
-    """Return the tokens that occur where a model learns to write, the most frequent first."""
+def tokens_to_draft(source: str, limit: int | None, tokenizer: HfTokenizer) -> list[int]:
+    """Return the tokens that occur in a dataset's completions, the most frequent first, `limit` at most."""
     features, _ = tokenizer.tokenize_chunk(UnifiedDataLoader().load(source, limit=_MAX_EXAMPLES))
     targets = ([label for label in each["labels"] if label != IGNORE_INDEX] for each in features)
     return frequent_tokens(targets, limit)
